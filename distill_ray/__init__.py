@@ -1,0 +1,25 @@
+"""distill_ray: weekly, restartable distillation of large language models on a Ray cluster.
+
+from distill_ray import load_recipe, run
+report = run(load_recipe("jobs/recipes/quickstart.cpu.toml"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distill_ray.config import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from distill_ray.pipeline import run
+
+__all__ = ["Recipe", "load_recipe", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    # `run` brings ray and torch; a recipe can be loaded and checked without either.
+    if name == "run":
+        from distill_ray.pipeline import run
+
+        return run
+    raise AttributeError(f"module 'distill_ray' has no attribute {name!r}")

@@ -1,0 +1,20 @@
+"""The recipe: one TOML file, parsed into a frozen model and checked before anything starts.
+
+Imports neither torch nor ray; `load_recipe` answers in milliseconds.
+"""
+
+from distill_ray.config.kinds import Identity, Kind, Placement, Section, fingerprint, identity_of, kind_of
+from distill_ray.config.recipe import Recipe, load_recipe, parse_recipe
+
+__all__ = [
+    "Identity",
+    "Kind",
+    "Placement",
+    "Recipe",
+    "Section",
+    "fingerprint",
+    "identity_of",
+    "kind_of",
+    "load_recipe",
+    "parse_recipe",
+]

@@ -1,0 +1,143 @@
+"""The whole recipe, its cross-section rules, and reading it from TOML."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from distill_ray.config.kinds import Placement, Section
+from distill_ray.config.sections import (
+    CaptureSection,
+    CorpusSection,
+    EvaluateSection,
+    ExportSection,
+    LossSection,
+    StorageSection,
+    StudentSection,
+    TeacherSection,
+    TrainSection,
+)
+from distill_ray.errors import UserError
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+def iso_week(today: dt.date | None = None) -> str:
+    """The default version: ISO year and week, `2026-W47`."""
+    year, week, _ = (today or dt.datetime.now(dt.UTC).date()).isocalendar()
+    return f"{year}-W{week:02d}"
+
+
+class Recipe(Section):
+    """One distillation run. `name` and `version` place its artefacts; the sections say what is computed."""
+
+    name: Placement[str]
+    """Artefact name: lower-case letters, digits, `.`, `_`, `-`; at most 63."""
+    version: Placement[str] = Field(default_factory=iso_week)
+    """Version of this run; the ISO week unless stated."""
+    storage: StorageSection
+    corpus: CorpusSection
+    teacher: TeacherSection
+    capture: CaptureSection = CaptureSection()
+    student: StudentSection
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    export: ExportSection = ExportSection()
+
+    @field_validator("name", "version")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        if not _NAME.fullmatch(value.lower()):
+            raise ValueError(
+                f"{value!r} is not a safe path part; use letters, digits, '.', '_', '-' (at most 63)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.loss.temperature not in self.capture.temperatures:
+            raise ValueError(
+                f"loss.temperature={self.loss.temperature} was not captured (capture.temperatures="
+                f"{list(self.capture.temperatures)}); the tail mass at T cannot be known from the kept tokens: "
+                f"add {self.loss.temperature} to capture.temperatures"
+            )
+        if self.capture.extra_temperatures and self.teacher.engine == "vllm":
+            raise ValueError(
+                f"capture.temperatures={list(self.capture.temperatures)}: vLLM's public path cannot give the tail mass "
+                'at T ≠ 1; use teacher.engine = "transformers" or keep temperatures = [1.0]'
+            )
+        if self.train.pack_tokens < self.corpus.window_tokens:
+            raise ValueError(
+                f"train.pack_tokens={self.train.pack_tokens} is less than corpus.window_tokens="
+                f"{self.corpus.window_tokens}: a full window would not fit one packed row; raise pack_tokens"
+            )
+        return self
+
+    @property
+    def run_prefix(self) -> str:
+        """Key of this run's folder under the storage root."""
+        return f"runs/{self.name}/{self.version}"
+
+    @property
+    def model_prefix(self) -> str:
+        """Key of the published model's folder under the storage root."""
+        return f"models/{self.name}/{self.version}"
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = [f"{origin}: {error.error_count()} problem(s) in the recipe"]
+    for e in error.errors(include_url=False, include_context=False):
+        where = ".".join(map(str, e["loc"])) or "recipe"
+        got = "" if e["type"] in ("missing", "extra_forbidden") or not e["loc"] else f" (got {e['input']!r})"
+        message = {
+            "extra_forbidden": "unknown key; remove it or correct its spelling",
+            "missing": "required, but not stated",
+        }.get(e["type"], e["msg"].removeprefix("Value error, "))
+        lines.append(f"  {where}: {message}{got}")
+    return "\n".join(lines)
+
+
+def parse_recipe(
+    data: dict[str, Any], origin: str = "recipe", *, root: str | None = None, version: str | None = None
+) -> Recipe:
+    """Validate a recipe given as nested dicts; `root` and `version` override the file's.
+
+    Raises:
+        UserError: every problem found, one line each.
+    """
+    data = dict(data)
+    if root is not None:
+        data["storage"] = {**data.get("storage", {}), "root": root}
+    if version is not None:
+        data["version"] = version
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error, origin)) from None
+
+
+def load_recipe(path: str | Path, *, root: str | None = None, version: str | None = None) -> Recipe:
+    """Read and validate a TOML recipe.
+
+    Args:
+        path: the recipe file.
+        root: replaces `storage.root` (a local folder or `s3://…`).
+        version: replaces `version` (default: the ISO week of today, UTC).
+
+    Raises:
+        UserError: the file is missing, is not TOML, or breaks a rule.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist; shipped ones lie in jobs/recipes/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"recipe {path} is not valid TOML: {error}") from None
+    return parse_recipe(data, str(path), root=root, version=version)

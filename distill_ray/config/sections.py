@@ -1,0 +1,224 @@
+"""The sections of a recipe. Defaults live here; a recipe states only its choices."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from distill_ray.config.kinds import Identity, Placement, Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Range(Section):
+    """An elastic count, `{ min = …, max = … }`."""
+
+    min: Placement[int] = Field(1, ge=0)
+    """Least number kept while there is work; 0 to 4,096."""
+    max: Placement[int] = Field(1, ge=1, le=4096)
+    """Greatest number; 1 to 4,096."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is greater than max={self.max}; lower min or raise max")
+        return self
+
+
+class StorageSection(Section):
+    root: Placement[str] = Field(min_length=1)
+    """Local folder or `s3://bucket/prefix` under which every artefact lies."""
+
+
+class CorpusSection(Section):
+    sources: Placement[tuple[str, ...]] = Field(min_length=1)
+    """Files or globs, local or `s3://`. What they hold, not where they lie, is the identity (through unit hashes)."""
+    format: Identity[Literal["text", "prompt_completion", "messages"]] = "text"
+    """`text`: one document a record. `prompt_completion`: supervision on the completion. `messages`: chat, on assistant turns."""
+    text_column: Identity[str] = "text"
+    """Column or key that holds the document; `format = "text"` only."""
+    holdout: Identity[float] = Field(0.01, ge=0, le=0.5)
+    """Share of source documents kept out of training, chosen by document hash; 0 to 0.5."""
+    window_tokens: Identity[int] = Field(4096, ge=2, le=1_048_576)
+    """Most tokens in one sequence; longer documents become several windows."""
+    window_overlap: Identity[int] = Field(1, ge=1)
+    """Tokens of context that a later window repeats from the one before it; every token is supervised once. 1 or more."""
+    unit_bytes: Identity[int] = Field(4 * 2**20, ge=1024)
+    """Source bytes (before compression) of one unit of work; about 1 M tokens at the default 4 MiB."""
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        if self.window_overlap >= self.window_tokens:
+            raise ValueError(
+                f"window_overlap={self.window_overlap} must be less than window_tokens={self.window_tokens}; lower the overlap"
+            )
+        return self
+
+
+class TeacherSection(Section):
+    model: Placement[str] = Field(min_length=1)
+    """Hugging Face folder, local or `s3://`."""
+    revision: Identity[str | None] = None
+    """Name of the weights' revision, the teacher's identity; without one the weights' content hash is used."""
+    engine: Identity[Literal["vllm", "transformers"]] = "vllm"
+    """`transformers` is the exact reference: slow, but gives dense log-probabilities and other temperatures."""
+    dtype: Identity[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
+    """Arithmetic of the teacher; `auto` takes the model's own."""
+    quantization: Identity[str | None] = None
+    """vLLM quantisation name (`fp8`, …) where the checkpoint does not state it."""
+    trust_remote_code: Identity[bool] = False
+    """Run Python code that comes with the model folder."""
+    tensor_parallel: Placement[int] = Field(1, ge=1, le=64)
+    """GPUs (on a CPU: processes) one replica's layers are split over."""
+    pipeline_parallel: Placement[int] = Field(1, ge=1, le=64)
+    """Stages one replica's layers are split into."""
+    replicas: Placement[Range] = Range(min=1, max=1)
+    """Teacher actors, scaled by Ray Data between min and max."""
+    batch_tokens: Placement[int] = Field(8192, ge=64)
+    """Tokens vLLM schedules in one step."""
+    gpu_memory_share: Placement[float] = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes."""
+    cpu_cache_gib: Placement[int] = Field(1, ge=1)
+    """KV cache of vLLM's CPU build, GiB."""
+    use_gpu: Placement[bool] = True
+    """False: the CPU build of vLLM, or transformers on the CPU."""
+
+
+class CaptureSection(Section):
+    top_k: Identity[int] = Field(64, ge=1, le=512)
+    """Teacher tokens kept per position."""
+    temperatures: Identity[tuple[float, ...]] = (1.0,)
+    """Temperatures at which the tail mass is stored exactly; 1.0 always is. Each 0.05 to 20."""
+
+    @field_validator("temperatures")
+    @classmethod
+    def _canonical(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for t in value:
+            if not 0.05 <= t <= 20:
+                raise ValueError(f"temperature {t} is outside 0.05 … 20")
+        return tuple(sorted({1.0, *map(float, value)}))
+
+    @property
+    def extra_temperatures(self) -> tuple[float, ...]:
+        """The temperatures other than 1, ascending."""
+        return tuple(t for t in self.temperatures if t != 1.0)
+
+
+class LoraSection(Section):
+    rank: Identity[int] = Field(16, ge=1)
+    """Rank of the adapters."""
+    alpha: Identity[float] = Field(32.0, gt=0)
+    """Scale of the adapters; the update is multiplied by alpha / rank."""
+    targets: Identity[tuple[str, ...]] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Names of the linear modules that get an adapter."""
+
+
+class StudentSection(Section):
+    model: Placement[str | None] = None
+    """Hugging Face folder to start from, local or `s3://`; its content hash is the identity."""
+    teacher_layers: Identity[tuple[int, ...] | None] = None
+    """Start from these layers of the teacher (0-based), with its embeddings, norm and head."""
+    config: Placement[str | None] = None
+    """Folder with a `config.json`: a student with random weights, drawn from train.seed."""
+    lora: Identity[LoraSection | None] = None
+    """Train low-rank adapters only; they are merged at export."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [n for n in ("model", "teacher_layers", "config") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"state exactly one of model, teacher_layers, config; got {given or 'none'}")
+        return self
+
+
+class LossSection(Section):
+    objective: Identity[Literal["bucket"]] = "bucket"
+    """KL over the kept tokens plus one bucket for the tail."""
+    temperature: Identity[float] = Field(1.0, gt=0)
+    """Distillation temperature; must be one of capture.temperatures."""
+    hard_label_weight: Identity[Fraction] = 0.1
+    """α of (1 − α)·T²·KL + α·CE; 0 to 1."""
+
+
+class TrainSection(Section):
+    epochs: Identity[int] = Field(1, ge=1)
+    """Passes over the training targets."""
+    global_batch_tokens: Identity[int] = Field(262_144, ge=8)
+    """Tokens of one optimizer step over all workers; a multiple of pack_tokens."""
+    pack_tokens: Identity[int] = Field(4096, ge=8)
+    """Tokens of one packed row; at least corpus.window_tokens."""
+    micro_batch_packs: Placement[int] = Field(1, ge=1)
+    """Packed rows of one forward pass on one worker; the rest is gradient accumulation."""
+    learning_rate: Identity[float] = Field(2e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_fraction: Identity[Fraction] = 0.03
+    """Share of the steps over which the rate rises from 0."""
+    final_lr_fraction: Identity[Fraction] = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: Identity[float] = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    betas: Identity[tuple[Fraction, Fraction]] = (0.9, 0.95)
+    """Adam's moment decay rates."""
+    clip_norm: Identity[float] = Field(1.0, gt=0)
+    """Global gradient norm above which gradients are scaled down."""
+    precision: Identity[Literal["bf16", "fp32"]] = "bf16"
+    """Arithmetic of the student."""
+    seed: Identity[int] = Field(0, ge=0)
+    """Fixes data order and random weights."""
+    workers: Placement[Range] = Range(min=1, max=1)
+    """Ray Train workers."""
+    zero_stage: Placement[Literal[1, 2, 3]] = 2
+    """DeepSpeed ZeRO stage."""
+    offload: Placement[bool] = False
+    """Keep optimizer state in host memory."""
+    gradient_checkpointing: Placement[bool] = False
+    """Recompute activations in the backward pass."""
+    use_gpu: Placement[bool] = True
+    """False: train on CPUs with gloo."""
+    checkpoint_every: Placement[int] = Field(200, ge=1)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: Placement[int] = Field(2, ge=1)
+    """Newest checkpoints kept, beside the best."""
+    max_failures: Placement[int] = Field(3, ge=0)
+    """Restarts of the worker group within one command."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.global_batch_tokens % self.pack_tokens:
+            raise ValueError(
+                f"global_batch_tokens={self.global_batch_tokens} is not a multiple of pack_tokens={self.pack_tokens}; "
+                f"use {max(1, self.global_batch_tokens // self.pack_tokens) * self.pack_tokens}"
+            )
+        return self
+
+    @property
+    def packs_per_batch(self) -> int:
+        """Packed rows in one optimizer step, over all workers."""
+        return self.global_batch_tokens // self.pack_tokens
+
+
+class EvaluateSection(Section):
+    ece_bins: Identity[int] = Field(15, ge=2, le=1000)
+    """Equal-width confidence bins of the expected calibration error."""
+    max_sequences: Identity[int] = Field(2000, ge=1)
+    """Held-out sequences scored, the first ones by document hash."""
+    batch_packs: Placement[int] = Field(1, ge=1)
+    """Packed rows of one forward pass."""
+    require: Placement[dict[str, float]] = Field(default_factory=dict)
+    """Bounds on the student after training, by metric: `kl_t1`, `perplexity`, `ece` at most; `top1_agreement`, `acceptance` at least."""
+
+
+class ExportSection(Section):
+    dtype: Identity[Literal["bfloat16", "float32", "float16"]] = "bfloat16"
+    """Type of the published weights."""
+    licence: Placement[str] = "unknown"
+    """Licence stated on the model card; the teacher's licence usually binds the student."""
