@@ -54,9 +54,7 @@ class Recipe(Section):
     @classmethod
     def _safe(cls, value: str) -> str:
         if not _NAME.fullmatch(value.lower()):
-            raise ValueError(
-                f"{value!r} is not a safe path part; use letters, digits, '.', '_', '-' (at most 63)"
-            )
+            raise ValueError(f"{value!r} is not a safe path part; use letters, digits, '.', '_', '-' (at most 63)")
         return value
 
     @model_validator(mode="after")

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distill_ray.config.kinds import Identity, Placement, Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _absolute(uri: str) -> str:
+    # Ray's workers need not share the driver's working folder.
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+"""Local path (made absolute) or `s3://bucket/key`."""
 
 
 class Range(Section):
@@ -27,15 +37,15 @@ class Range(Section):
 
 
 class StorageSection(Section):
-    root: Placement[str] = Field(min_length=1)
+    root: Placement[Uri]
     """Local folder or `s3://bucket/prefix` under which every artefact lies."""
 
 
 class CorpusSection(Section):
-    sources: Placement[tuple[str, ...]] = Field(min_length=1)
+    sources: Placement[tuple[Uri, ...]] = Field(min_length=1)
     """Files or globs, local or `s3://`. What they hold, not where they lie, is the identity (through unit hashes)."""
     format: Identity[Literal["text", "prompt_completion", "messages"]] = "text"
-    """`text`: one document a record. `prompt_completion`: supervision on the completion. `messages`: chat, on assistant turns."""
+    """`text`: one document a record; `prompt_completion`: supervised on the completion; `messages`: on assistant turns."""
     text_column: Identity[str] = "text"
     """Column or key that holds the document; `format = "text"` only."""
     holdout: Identity[float] = Field(0.01, ge=0, le=0.5)
@@ -43,7 +53,7 @@ class CorpusSection(Section):
     window_tokens: Identity[int] = Field(4096, ge=2, le=1_048_576)
     """Most tokens in one sequence; longer documents become several windows."""
     window_overlap: Identity[int] = Field(1, ge=1)
-    """Tokens of context that a later window repeats from the one before it; every token is supervised once. 1 or more."""
+    """Tokens a later window repeats from the one before as context; every token is supervised once. 1 or more."""
     unit_bytes: Identity[int] = Field(4 * 2**20, ge=1024)
     """Source bytes (before compression) of one unit of work; about 1 M tokens at the default 4 MiB."""
 
@@ -51,13 +61,14 @@ class CorpusSection(Section):
     def _overlap_fits(self) -> Self:
         if self.window_overlap >= self.window_tokens:
             raise ValueError(
-                f"window_overlap={self.window_overlap} must be less than window_tokens={self.window_tokens}; lower the overlap"
+                f"window_overlap={self.window_overlap} must be less than window_tokens={self.window_tokens}; "
+                "lower the overlap"
             )
         return self
 
 
 class TeacherSection(Section):
-    model: Placement[str] = Field(min_length=1)
+    model: Placement[Uri]
     """Hugging Face folder, local or `s3://`."""
     revision: Identity[str | None] = None
     """Name of the weights' revision, the teacher's identity; without one the weights' content hash is used."""
@@ -123,11 +134,11 @@ class LoraSection(Section):
 
 
 class StudentSection(Section):
-    model: Placement[str | None] = None
+    model: Placement[Uri | None] = None
     """Hugging Face folder to start from, local or `s3://`; its content hash is the identity."""
     teacher_layers: Identity[tuple[int, ...] | None] = None
     """Start from these layers of the teacher (0-based), with its embeddings, norm and head."""
-    config: Placement[str | None] = None
+    config: Placement[Uri | None] = None
     """Folder with a `config.json`: a student with random weights, drawn from train.seed."""
     lora: Identity[LoraSection | None] = None
     """Train low-rank adapters only; they are merged at export."""
@@ -214,7 +225,7 @@ class EvaluateSection(Section):
     batch_packs: Placement[int] = Field(1, ge=1)
     """Packed rows of one forward pass."""
     require: Placement[dict[str, float]] = Field(default_factory=dict)
-    """Bounds on the student after training, by metric: `kl_t1`, `perplexity`, `ece` at most; `top1_agreement`, `acceptance` at least."""
+    """Bounds on the trained student: `kl_t1`, `perplexity`, `ece` at most; `top1_agreement`, `acceptance` at least."""
 
 
 class ExportSection(Section):
