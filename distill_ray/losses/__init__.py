@@ -1,0 +1,27 @@
+"""Distillation losses on sparse targets, and the fused head that never holds [tokens, vocabulary] logits.
+
+Pure torch: no ray, no I/O. `head_loss` trains, `head_metrics` evaluates, `OBJECTIVES` is where a new objective goes.
+"""
+
+from distill_ray.losses.head import default_chunk, head_loss, project
+from distill_ray.losses.metrics import RowMetrics, head_metrics
+from distill_ray.losses.objectives import OBJECTIVES, Objective, bucket, bucket_kl
+from distill_ray.losses.partition import Split, StudentChunk
+from distill_ray.losses.types import LossSpec, LossSums, SparseTargets
+
+__all__ = [
+    "OBJECTIVES",
+    "LossSpec",
+    "LossSums",
+    "Objective",
+    "RowMetrics",
+    "SparseTargets",
+    "Split",
+    "StudentChunk",
+    "bucket",
+    "bucket_kl",
+    "default_chunk",
+    "head_loss",
+    "head_metrics",
+    "project",
+]
