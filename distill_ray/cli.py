@@ -1,0 +1,159 @@
+"""The command line. Exit codes: 0 done, 2 the user can mend it (one message), 130 stopped, 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from types import FrameType
+
+from distill_ray.config import Recipe, load_recipe
+from distill_ray.errors import DistillError, StoppedError
+
+_EPILOG = """\
+a first run:        make quickstart
+check a recipe:     distill-ray check my.toml
+the whole job:      distill-ray run my.toml
+on S3:              distill-ray run my.toml --root s3://bucket/prefix
+next week's data:   distill-ray run my.toml --version 2026-W48
+where it stands:    distill-ray status my.toml
+
+Every command can be stopped (Ctrl-C) or killed at any moment; the same command goes on where it was.
+"""
+
+_STAGE_HELP = {
+    "run": "capture, train, evaluate and export; does only what is missing",
+    "capture": "store the teacher's soft targets for the corpus",
+    "train": "capture what is missing, then train the student",
+    "evaluate": "… then score teacher, student before and student after on held-out targets",
+    "export": "… then publish the student as a Hugging Face folder (the same as run)",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distill-ray",
+        description="Distil a large language model into a small one on a Ray cluster, weekly and restartably.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="find what is wrong with a recipe before money is spent")
+    _recipe_arguments(check)
+    check.add_argument("--address", help="count the GPUs of this Ray cluster instead of this machine's")
+    for name, text in _STAGE_HELP.items():
+        command = commands.add_parser(name, help=text)
+        _recipe_arguments(command)
+        command.add_argument("--address", help="Ray cluster to use (default: RAY_ADDRESS, else a private local one)")
+    _recipe_arguments(commands.add_parser("status", help="show where a run stands, from storage alone"))
+    inspect = commands.add_parser("inspect", help="describe stored soft targets")
+    inspect.add_argument("uri", help="a targets/<fingerprint> folder, one of its objects, or a run's folder")
+    inspect.add_argument("--verify", action="store_true", help="read every byte and check every checksum")
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="TOML recipe; see jobs/recipes/")
+    parser.add_argument("--root", help="replaces storage.root: a local folder or s3://bucket/prefix")
+    parser.add_argument("--version", help="version of the run (default: the recipe's, else the ISO week)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `distill-ray`; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _dispatch(arguments)
+    except StoppedError as error:
+        print(f"\nstopped: {error}\nnothing finished is lost; resume with:\n  {_resume_command(argv)}", file=sys.stderr)
+        return error.exit_code
+    except DistillError as error:
+        if error.exit_code != 2:
+            raise
+        print(f"distill-ray: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _resume_command(argv: list[str] | None) -> str:
+    import shlex
+
+    return shlex.join(["distill-ray", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    if arguments.command == "inspect":
+        return _inspect(arguments.uri, verify=arguments.verify)
+    recipe = load_recipe(arguments.recipe, root=arguments.root, version=arguments.version)
+    if arguments.command == "status":
+        from distill_ray.status import status
+
+        print(status(recipe).render())
+        return 0
+    if arguments.command == "check":
+        from distill_ray.preflight import check
+
+        for finding in check(recipe, address=arguments.address):
+            print(f"ok  {finding.what:<9} {finding.fact}")
+        return 0
+    return _run(recipe, "export" if arguments.command == "run" else arguments.command, arguments.address)
+
+
+def _inspect(uri: str, *, verify: bool) -> int:
+    from distill_ray.targets import inspect
+
+    report = inspect(uri, verify=verify)
+    print(report.render())
+    return 1 if report.problems else 0
+
+
+class _Stopper:
+    """Turns SIGINT and SIGTERM into a clean stop.
+
+    Capture and training watch the event and finish the step in hand; the short stages are simply left.
+    """
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.stage = "check"
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def enter(self, stage: str) -> None:
+        self.stage = stage
+        if self.event.is_set():
+            raise StoppedError(f"before {stage}")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.stage_name = self.event.is_set(), self.stage
+        self.event.set()
+        if again or self.stage not in ("capture", "train"):
+            raise StoppedError(f"{signal.Signals(number).name} during {self.stage}")
+        print(
+            f"\n{signal.Signals(number).name}: stopping {self.stage} cleanly; once more to leave at once",
+            file=sys.stderr,
+        )
+
+
+def _run(recipe: Recipe, until: str, address: str | None) -> int:
+    stopper = _Stopper()
+    stopper.install()
+    from distill_ray import pipeline, preflight
+    from distill_ray.report import render_table
+
+    if not pipeline.is_done(recipe, until):
+        for finding in preflight.check(recipe, address=address):
+            print(f"ok  {finding.what:<9} {finding.fact}", file=sys.stderr)
+    result = pipeline.run(recipe, until=until, address=address, stop=stopper.event, on_stage=stopper.enter)
+    if result is None:
+        print(f"{until}: done; distill-ray status shows the run")
+        return 0
+    print(render_table(result.report))
+    for note in result.notes:
+        print(f"note    {note}")
+    print(f"report  {result.report_uri}\nmodel   {result.model_uri}")
+    if not result.gate_passed:
+        print("the student missed a bound of [evaluate] require; it is kept, but latest did not move", file=sys.stderr)
+        return 3
+    return 0

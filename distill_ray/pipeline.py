@@ -1,0 +1,153 @@
+"""The main job: capture, train, evaluate, export, each skipped where its artefact is already published.
+
+Stages meet only through storage. A run's record (`lease.json`) names every finished artefact, so a killed run goes on
+where it stopped when the same command is given again, and a finished one answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from distill_ray import capture, corpus, evaluate, export, targets, teacher, train
+from distill_ray.config import Recipe, fingerprint, identity_of
+from distill_ray.errors import UserError
+from distill_ray.lease import Lease, LeaseToken, publish, read_published
+from distill_ray.session import ray_session
+from distill_ray.status import PUBLISHED_BY, STAGES
+from distill_ray.storage import Storage, open_storage, stage_folder
+from distill_ray.telemetry import Progress
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    report: dict[str, Any]
+    report_uri: str
+    model_uri: str
+    gate_passed: bool
+    notes: tuple[str, ...] = ()
+    """Things worth a sentence, such as corpus units that came after this version was captured."""
+
+
+def run(
+    recipe: Recipe,
+    *,
+    until: str = "export",
+    address: str | None = None,
+    stop: threading.Event | None = None,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> RunResult | None:
+    """Bring a run up to and including the stage `until`; whatever is already done is kept.
+
+    Args:
+        recipe: what to compute and where it lies.
+        until: "capture", "train", "evaluate" or "export".
+        address: of a Ray cluster; None or "local" starts a private one.
+        stop: set it to stop cleanly; everything finished is kept.
+        on_stage: called with a stage's name as it starts.
+
+    Returns:
+        The result when `until` is "export", else None.
+
+    Raises:
+        UserError: the recipe does not fit what lies in storage, or another driver holds the run.
+        StoppedError: `stop` was set.
+    """
+    if until not in STAGES:
+        raise UserError(f"no stage is called {until!r}; use one of {', '.join(STAGES)}")
+    stop = stop or threading.Event()
+    storage = open_storage(recipe.storage.root)
+    identity = run_identity(recipe)
+    published = read_published(storage, recipe.run_prefix)
+    _same_run(recipe, identity, published.get("identity"))
+    wanted = STAGES[: STAGES.index(until) + 1]
+    if any(PUBLISHED_BY[stage] not in published for stage in wanted):
+        with Lease.acquire(storage, recipe.run_prefix) as lease, ray_session(address):
+            publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
+            for stage in wanted:
+                on_stage(stage)
+                _stage(stage, recipe, storage, lease.token, stop)
+                lease.check()
+    if until != "export":
+        return None
+    return _result(recipe, storage)
+
+
+def run_identity(recipe: Recipe) -> dict[str, Any]:
+    """Everything that decides what a run computes, apart from the corpus, which units identify."""
+    identity = identity_of(recipe)
+    captured = capture.capture_identity(recipe)
+    identity["capture_fingerprint"] = captured.fingerprint
+    if recipe.student.model is not None:
+        folder = stage_folder(recipe.student.model)
+        section = recipe.teacher.model_copy(update={"model": recipe.student.model, "revision": None})
+        identity["student_weights"] = teacher.weights_identity(section, folder)
+    if recipe.student.config is not None:
+        text = (stage_folder(recipe.student.config) / "config.json").read_text(encoding="utf-8")
+        identity["student_config"] = json.loads(text)
+    return json.loads(json.dumps(identity))
+
+
+def _same_run(recipe: Recipe, identity: dict[str, Any], recorded: dict[str, Any] | None) -> None:
+    if recorded is None or recorded["fingerprint"] == fingerprint(identity):
+        return
+    before, now = _flat(recorded["of"]), _flat(identity)
+    changed = [f"{k}: {before.get(k)} → {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)]
+    raise UserError(
+        f"run {recipe.name}/{recipe.version} was started with another recipe ({len(changed)} difference(s)):\n  "
+        + "\n  ".join(changed)
+        + "\nrestore them, or give this recipe its own --version"
+    )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return out
+
+
+def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop: threading.Event) -> None:
+    published = read_published(storage, recipe.run_prefix)
+    if PUBLISHED_BY[stage] in published and stage != "export":
+        return
+    started = time.monotonic()
+    if stage == "capture":
+        manifest = capture.run(recipe, storage, token, stop, Progress)
+        evaluate.require_held_out(manifest, recipe)
+    elif stage == "export":
+        report = json.loads(storage.get(f"{recipe.run_prefix}/report.json"))
+        export.run(recipe, storage, token, report)
+    else:
+        manifest = targets.read_run_manifest(storage, published["targets"])
+        if stage == "train":
+            train.run(recipe, storage, manifest, token, stop, Progress)
+        else:
+            timings = {
+                n.removeprefix("timings/"): e["seconds"] for n, e in published.items() if n.startswith("timings/")
+            }
+            evaluate.run(recipe, storage, manifest, token, timings=timings)
+    publish(storage, token, f"timings/{stage}", {"seconds": round(time.monotonic() - started, 3)})
+
+
+def _result(recipe: Recipe, storage: Storage) -> RunResult:
+    published = read_published(storage, recipe.run_prefix)
+    report = json.loads(storage.get(f"{recipe.run_prefix}/report.json"))
+    tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
+    units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
+    manifest = targets.read_run_manifest(storage, published["targets"])
+    new = {u.hash for u in units} - set(manifest.units)
+    notes = (f"{len(new)} corpus unit(s) came after this version; give --version to run on them",) if new else ()
+    return RunResult(
+        report=report,
+        report_uri=f"{storage.uri}/{recipe.run_prefix}/report.html",
+        model_uri=f"{storage.uri}/{recipe.model_prefix}",
+        gate_passed=all(bound["passed"] for bound in report["gate"].values()),
+        notes=notes,
+    )

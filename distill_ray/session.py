@@ -1,0 +1,48 @@
+"""Connecting to Ray: a private cluster on this machine, or one that is already there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distill_ray.errors import UserError
+
+# Workers never ask a model hub or a statistics server for anything.
+_WORKER_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@contextmanager
+def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Connect to Ray and disconnect at the end.
+
+    Args:
+        address: `local` or None without RAY_ADDRESS starts a private cluster that dies with this process; else a
+            running cluster's address (`auto`, `ray://host:10001`).
+        num_cpus: logical CPUs of the private cluster. At least 4, since its tasks are many and small.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without a mode, Ray 2.60 turns token auth on for a private cluster and leaves a token in the home folder.
+    local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    if local:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    env = {"runtime_env": {"env_vars": _WORKER_ENV}, "log_to_driver": False, "logging_level": logging.ERROR}
+    if local:
+        cpus = num_cpus or max(4, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **env)
+    else:
+        where = address or os.environ["RAY_ADDRESS"]
+        try:
+            ray.init(address=where, **env)
+        except (ConnectionError, ValueError, TimeoutError) as error:
+            raise UserError(f"no Ray cluster answers at {where}: {error}; start one, or leave --address out") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,57 @@
+"""`distill-ray status`: where a run stands, from storage alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from distill_ray.config import Recipe
+from distill_ray.lease import read_record
+from distill_ray.storage import open_storage
+
+STAGES = ("capture", "train", "evaluate", "export")
+PUBLISHED_BY = {"capture": "targets", "train": "student", "evaluate": "report", "export": "export"}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the run's record says."""
+
+    run: str
+    owner: str | None
+    """Who holds the lease now; None when nobody does."""
+    done: dict[str, dict[str, Any]]
+    """Finished stage → its published entry."""
+    next_stage: str | None
+    checkpoint_step: int | None
+
+    def render(self) -> str:
+        """Lines for a terminal."""
+        lines = [f"run {self.run}: " + (f"owned by {self.owner}" if self.owner else "nobody is working on it")]
+        for stage in STAGES:
+            if stage in self.done:
+                lines.append(f"  {stage:<9} done")
+            elif stage == "train" and self.checkpoint_step is not None:
+                lines.append(f"  {stage:<9} last checkpoint at step {self.checkpoint_step}")
+            else:
+                lines.append(f"  {stage:<9} to do")
+        return "\n".join(lines)
+
+
+def status(recipe: Recipe) -> Status:
+    """Read the run's record; works with the cluster gone.
+
+    Args:
+        recipe: names the storage root, the run and its version.
+    """
+    record = read_record(open_storage(recipe.storage.root), recipe.run_prefix)
+    run = f"{recipe.name}/{recipe.version}"
+    if record is None:
+        return Status(run, None, {}, STAGES[0], None)
+    done = {s: record.published[PUBLISHED_BY[s]] for s in STAGES if PUBLISHED_BY[s] in record.published}
+    steps = [e["step"] for name, e in record.published.items() if name.startswith("checkpoint/")]
+    held = record.expires_at > time.time()
+    owner = f"{record.owner} (epoch {record.epoch})" if held else None
+    following = next((s for s in STAGES if s not in done), None)
+    return Status(run, owner, done, following, max(steps, default=None))

@@ -1,0 +1,26 @@
+"""Part of the installation: builds DeepSpeed's shared-memory operator, so that the first training does not wait for a
+compiler, and compiles the packages' bytecode that first imports would."""
+
+from __future__ import annotations
+
+import os
+import time
+
+
+def main() -> None:
+    """Build what is built at first use; a second call finds it cached."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    started = time.monotonic()
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)
+    import peft
+    import transformers
+    import vllm
+
+    names = ", ".join(f"{m.__name__} {m.__version__}" for m in (peft, transformers, vllm))
+    print(f"warmed up in {time.monotonic() - started:.0f} s: {names}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The command line answers fast, imports nothing heavy for it, and never shows a user a traceback."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "distill_ray", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def heavy_after(*arguments: str) -> list[str]:
+    """Heavy packages in a fresh interpreter's modules after the command ran."""
+    code = (
+        "import sys\nfrom distill_ray.cli import main\n"
+        f"try:\n    main({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return ast.literal_eval(out.rsplit("HEAVY", 1)[1].strip())
+
+
+@pytest.fixture
+def wrong_recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "wrong.toml"
+    path.write_text('name = "x"\n[storage]\nroot = "r"\nrooot = 1\n')
+    return path
+
+
+def test_help_teaches():
+    out = cli("--help")
+    assert out.returncode == 0
+    for word in ("check", "run", "inspect", "status", "s3://", "killed"):
+        assert word in out.stdout
+
+
+def test_help_and_a_wrong_recipe_import_nothing_heavy(wrong_recipe: Path):
+    assert heavy_after("--help") == []
+    assert heavy_after("check", str(wrong_recipe)) == []
+
+
+def test_help_and_a_wrong_recipe_answer_in_under_a_second(wrong_recipe: Path):
+    for arguments in (("--help",), ("check", str(wrong_recipe))):
+        seconds = []
+        for _ in range(3):
+            started = time.monotonic()
+            cli(*arguments)
+            seconds.append(time.monotonic() - started)
+        assert min(seconds) < 1.0, (arguments, seconds)
+
+
+@pytest.mark.parametrize("command", ["check", "run", "capture", "train", "evaluate", "export", "status"])
+def test_user_errors_are_one_message_and_exit_code_2(command: str, wrong_recipe: Path):
+    out = cli(command, str(wrong_recipe))
+    assert out.returncode == 2
+    assert "Traceback" not in out.stderr
+    assert "storage.rooot: unknown key" in out.stderr
+
+
+def test_a_missing_recipe_names_the_shipped_ones():
+    out = cli("run", "none.toml")
+    assert out.returncode == 2
+    assert "jobs/recipes/" in out.stderr

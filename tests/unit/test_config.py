@@ -1,0 +1,154 @@
+"""The recipe: what it refuses, and what its fingerprints depend on."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from distill_ray.config import Recipe, fingerprint, identity_of, kind_of, load_recipe, parse_recipe
+from distill_ray.config.recipe import iso_week
+from distill_ray.config.sections import Range
+from distill_ray.errors import UserError
+
+REPO = Path(__file__).parents[2]
+
+
+def minimal(**changes: dict[str, Any]) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "name": "demo",
+        "storage": {"root": "s3://bucket/root"},
+        "corpus": {"sources": ["s3://bucket/data/*.parquet"]},
+        "teacher": {"model": "s3://bucket/teacher"},
+        "student": {"model": "s3://bucket/student"},
+    }
+    for section, values in changes.items():
+        base[section] = {**base.get(section, {}), **values}
+    return base
+
+
+def sections(model: type[BaseModel]) -> list[tuple[type[BaseModel], str]]:
+    """Every leaf field of a model, nested models included."""
+    leaves: list[tuple[type[BaseModel], str]] = []
+    for name, field in model.model_fields.items():
+        nested = [
+            t
+            for t in (field.annotation, *getattr(field.annotation, "__args__", ()))
+            if isinstance(t, type) and issubclass(t, BaseModel)
+        ]
+        for inner in nested:
+            leaves += sections(inner)
+        if not nested or kind_of(model, name):
+            leaves.append((model, name))
+    return leaves
+
+
+def test_every_field_states_its_kind_and_carries_a_docstring():
+    leaves = sections(Recipe)
+    assert len(leaves) > 50
+    assert [f"{m.__name__}.{n}" for m, n in leaves if kind_of(m, n) is None] == []
+    assert [f"{m.__name__}.{n}" for m, n in leaves if not m.model_fields[n].description] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"capture": {"topk": 3}}, "capture.topk: unknown key"),
+        ({"capture": {"top_k": "many"}}, "capture.top_k: Input should be a valid integer"),
+        ({"capture": {"top_k": 0}}, "capture.top_k: Input should be greater than or equal to 1"),
+        ({"capture": {"temperatures": [0.01]}}, "temperature 0.01 is outside"),
+        ({"loss": {"temperature": 2.0}}, "loss.temperature=2.0 was not captured"),
+        ({"capture": {"temperatures": [2.0]}}, "vLLM's public path cannot give the tail mass"),
+        ({"corpus": {"window_tokens": 8192}}, "train.pack_tokens=4096 is less than corpus.window_tokens=8192"),
+        ({"corpus": {"window_tokens": 8, "window_overlap": 8}}, "window_overlap=8 must be less than window_tokens=8"),
+        ({"train": {"global_batch_tokens": 5000}}, "not a multiple of pack_tokens=4096; use 4096"),
+        ({"train": {"workers": {"min": 3, "max": 2}}}, "min=3 is greater than max=2"),
+        ({"student": {"teacher_layers": [1]}}, "state exactly one of model, teacher_layers, config"),
+        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
+    ],
+)
+def test_refuses_with_a_message_that_names_the_key(changes: dict[str, Any], expected: str):
+    with pytest.raises(UserError, match="problem") as caught:
+        parse_recipe(minimal(**changes))
+    assert expected in str(caught.value)
+
+
+def test_reports_every_problem_at_once():
+    with pytest.raises(UserError) as caught:
+        parse_recipe({"name": "Bad Name", "storage": {}, "typo": 1})
+    for part in ("name", "storage.root", "corpus", "teacher", "student", "typo: unknown key"):
+        assert part in str(caught.value)
+
+
+def test_missing_and_malformed_files(tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = ")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_recipe(broken)
+
+
+@given(st.randoms(use_true_random=False))
+def test_fingerprint_ignores_key_order(random: Any):
+    identity = identity_of(parse_recipe(minimal()))
+    items = list(identity.items())
+    random.shuffle(items)
+    assert fingerprint(dict(items)) == fingerprint(identity)
+
+
+def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
+    plain = fingerprint(identity_of(parse_recipe(minimal())))
+    same = [
+        {"storage": {"root": "elsewhere"}},
+        {"teacher": {"tensor_parallel": 4, "replicas": {"min": 0, "max": 9}}},
+        {"train": {"zero_stage": 3, "workers": {"min": 1, "max": 8}}},
+        {"capture": {"top_k": 64}},
+        {"corpus": {"sources": ["other.jsonl"]}},
+    ]
+    for change in same:
+        assert fingerprint(identity_of(parse_recipe(minimal(**change)))) == plain, change
+    other = [
+        {"capture": {"top_k": 65}},
+        {"teacher": {"revision": "abc"}},
+        {"train": {"seed": 1}},
+        {"loss": {"hard_label_weight": 0.2}},
+        {"corpus": {"window_tokens": 1024}},
+    ]
+    seen = {fingerprint(identity_of(parse_recipe(minimal(**change)))) for change in other}
+    assert len(seen) == len(other)
+    assert plain not in seen
+
+
+def test_temperatures_are_a_sorted_set_with_one():
+    recipe = parse_recipe(minimal(capture={"temperatures": [4, 0.5, 4]}, teacher={"engine": "transformers"}))
+    assert recipe.capture.temperatures == (0.5, 1.0, 4.0)
+    assert recipe.capture.extra_temperatures == (0.5, 4.0)
+
+
+def test_local_paths_become_absolute_and_s3_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = parse_recipe(minimal(storage={"root": "here"}))
+    assert recipe.storage.root == str(tmp_path / "here")
+    assert recipe.teacher.model == "s3://bucket/teacher"
+
+
+def test_iso_week_is_the_default_version():
+    assert iso_week(dt.date(2026, 11, 22)) == "2026-W47"
+    assert parse_recipe(minimal()).version == iso_week()
+    assert parse_recipe(minimal(), version="v7").version == "v7"
+
+
+def test_range_is_a_section():
+    assert Range(min=0, max=3).max == 3
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "jobs" / "recipes").glob("*.toml")), ids=lambda p: p.name)
+def test_every_shipped_recipe_parses_and_is_short(path: Path):
+    load_recipe(path)
+    assert len(path.read_text().splitlines()) <= 60
