@@ -1,0 +1,49 @@
+"""report.json, report.html and the model card: what a run cost and how good its student is."""
+
+from distill_ray.report.card import model_card
+from distill_ray.report.document import (
+    SCHEMA_VERSION,
+    Evaluation,
+    RunIdentity,
+    TargetFigures,
+    Timings,
+    TokenCounts,
+    build_report,
+    read_history,
+    to_bytes,
+)
+from distill_ray.report.gate import check_require, failures, judge
+from distill_ray.report.html import render_html
+from distill_ray.report.metrics import (
+    DEFINITIONS,
+    KeptMassHistogram,
+    MetricSums,
+    ModelRows,
+    ScoredRows,
+    score_rows,
+)
+from distill_ray.report.table import render_table
+
+__all__ = [
+    "DEFINITIONS",
+    "SCHEMA_VERSION",
+    "Evaluation",
+    "KeptMassHistogram",
+    "MetricSums",
+    "ModelRows",
+    "RunIdentity",
+    "ScoredRows",
+    "TargetFigures",
+    "Timings",
+    "TokenCounts",
+    "build_report",
+    "check_require",
+    "failures",
+    "judge",
+    "model_card",
+    "read_history",
+    "render_html",
+    "render_table",
+    "score_rows",
+    "to_bytes",
+]

@@ -1,0 +1,84 @@
+"""The model card: lineage, licence, recipe and figures of a published student."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from distill_ray.report.gate import failures
+from distill_ray.report.table import METRICS, MODELS
+
+
+def model_card(report: dict[str, Any], *, teacher: str, licence: str, recipe: dict[str, Any]) -> str:
+    """README.md of the exported folder.
+
+    Args:
+        report: as `build_report` gives it.
+        teacher: name of the teacher, without its location.
+        licence: `export.licence`.
+        recipe: the whole recipe as JSON values.
+    """
+    identity = report["identity"]
+    front = {
+        "license": licence,
+        "base_model": teacher,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "distill-ray"],
+    }
+    gate = report["gate"]
+    verdict = "none stated" if not gate else "; ".join(failures(gate)) or "passed"
+    return "\n".join(
+        [
+            "---",
+            # JSON is YAML, and its quoting needs no second thought.
+            *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
+            "---",
+            "",
+            f"# {identity['name']} {identity['version']}",
+            "",
+            f"A student distilled from **{teacher}** with distill_ray, on the teacher's stored soft targets.",
+            "",
+            "## Figures on held-out text",
+            "",
+            "| | teacher | student before | student after |",
+            "|---|---:|---:|---:|",
+            *(
+                f"| {label} | " + " | ".join(f"{report[m][key]:{spec}}" for m, _ in MODELS) + " |"
+                for key, label, spec in METRICS
+            ),
+            "",
+            f"Bounds of the recipe: {verdict}.",
+            "",
+            "## How to load",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            "```",
+            "",
+            "With vLLM: `vllm serve path/to/this/folder`.",
+            "",
+            "## Lineage",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| teacher | {teacher} |",
+            f"| teacher weights | `{identity['teacher']}` |",
+            f"| licence | {licence} |",
+            f"| tokenizer | `{identity['tokenizer']}` |",
+            f"| corpus fingerprint | `{identity['corpus']}` ({identity['units']:,} units) |",
+            f"| capture fingerprint | `{identity['capture']}` |",
+            f"| trained weights | `{identity['student']}` |",
+            f"| recipe fingerprint | `{identity['recipe']}` |",
+            "",
+            "## Recipe",
+            "",
+            "```json",
+            json.dumps(recipe, indent=2, ensure_ascii=False, sort_keys=True),
+            "```",
+            "",
+        ]
+    )

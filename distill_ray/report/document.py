@@ -1,0 +1,153 @@
+"""report.json: what a run cost and how good its student is, in one document with a stated schema."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distill_ray.errors import IntegrityError
+from distill_ray.report.gate import judge
+from distill_ray.report.metrics import DEFINITIONS, KeptMassHistogram, MetricSums
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What was computed, by fingerprint."""
+
+    name: str
+    version: str
+    capture: str
+    """Capture fingerprint: teacher weights, arithmetic, k, temperatures, codec."""
+    units: int
+    """Corpus units that the run uses."""
+    corpus: str
+    """Fingerprint over unit hashes and multiplicities."""
+    teacher: str
+    """The teacher's weights identity."""
+    tokenizer: str
+    student: str
+    """Fingerprint of the trained weights' manifest."""
+    recipe: str
+    """Fingerprint of the recipe's identity fields."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    captured: int
+    """Tokens that the teacher scored for this run."""
+    reused: int
+    """Tokens of units captured by an earlier run or command."""
+    supervised_train: int
+    """Supervised tokens trained on, over all epochs."""
+    held_out: int
+    """Supervised held-out tokens that the figures rest on."""
+
+
+@dataclass(frozen=True)
+class TargetFigures:
+    rows: int
+    bytes_per_row: float
+    """Object bytes by target rows, token ids and footers included."""
+    mean_kept_mass: float
+    dead_letters: int
+    """Documents and sequences that failed for their own reasons."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    seconds: dict[str, float]
+    """Wall seconds by stage, as far as this command ran them."""
+    tokens_per_s: dict[str, float]
+    """`teacher` (per replica), `train` and `evaluate` (forward passes of one student)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the held-out rows, by model."""
+
+    teacher: MetricSums
+    before: MetricSums
+    after: MetricSums
+    kept_mass: KeptMassHistogram
+    tokens_per_s: float
+    """Tokens by seconds of the student's forward passes, loading excluded."""
+
+
+def build_report(
+    evaluation: Evaluation,
+    *,
+    identity: RunIdentity,
+    timings: Timings,
+    tokens: TokenCounts,
+    targets: TargetFigures,
+    history: list[dict[str, float]],
+    require: Mapping[str, float],
+) -> dict[str, Any]:
+    """The report as plain JSON values.
+
+    Args:
+        history: one entry a training step: `step`, `loss`, `ce`, `kl_t`, `kl_t1`, …
+        require: bounds of `evaluate.require`.
+
+    Raises:
+        UserError: a metric is not finite, or a bound names an unknown metric.
+    """
+    sums = {"teacher": evaluation.teacher, "before": evaluation.before, "after": evaluation.after}
+    metrics = {model: s.metrics(model) for model, s in sums.items()}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **metrics,
+        "gate": judge(metrics, require),
+        "identity": asdict(identity),
+        "timings": asdict(timings),
+        "tokens": asdict(tokens),
+        "targets": asdict(targets),
+        "training": {"steps": len(history), **({"first": history[0], "last": history[-1]} if history else {})},
+        "calibration": {model: s.calibration() for model, s in sums.items()},
+        "kept_mass": evaluation.kept_mass.to_json(),
+        "definitions": DEFINITIONS,
+    }
+
+
+def to_bytes(report: dict[str, Any]) -> bytes:
+    """Canonical JSON: sorted keys, UTF-8, newline at the end.
+
+    Raises:
+        IntegrityError: a value is NaN or infinite; JSON has neither, and neither may be written silently.
+    """
+    try:
+        return (json.dumps(report, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except ValueError:
+        bad = ", ".join(_not_finite(report, ""))
+        raise IntegrityError(f"the report holds values that are not finite: {bad}; nothing was written") from None
+
+
+def _not_finite(value: Any, path: str) -> Iterable[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _not_finite(item, f"{path}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path} = {value}"
+
+
+def read_history(lines: bytes) -> list[dict[str, float]]:
+    """Training steps from metrics.jsonl, ascending; a step repeated after a resume counts once, the last time.
+
+    A line cut short by a kill is left out: the step it belongs to was redone.
+    """
+    steps: dict[int, dict[str, float]] = {}
+    for line in lines.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        steps[int(entry["step"])] = entry
+    return [steps[step] for step in sorted(steps)]

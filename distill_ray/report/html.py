@@ -1,0 +1,128 @@
+"""report.html: one self-contained page, readable in light and dark, that fetches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from distill_ray.report import plots
+from distill_ray.report.gate import failures
+from distill_ray.report.table import METRICS, MODELS
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d4dae0; --page: #ffffff; --card: #f6f8fa;
+  --good: #1a7f37; --bad: #cf222e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --page: #0d1117;
+  --card: #151b23; --good: #3fb950; --bad: #f85149; } }
+body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p { margin: .4rem 0; } .soft { color: var(--soft); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { font-weight: 600; } td.number, th.number { text-align: right; }
+td.hash { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+figure { margin: 0; padding: .8rem; background: var(--card); border-radius: .5rem; }
+figure svg { width: 100%; height: auto; display: block; } figcaption { font-size: .85rem; color: var(--soft); }
+.good { color: var(--good); } .bad { color: var(--bad); } .wide { overflow-x: auto; }
+"""
+
+
+def render_html(report: dict[str, Any], history: list[dict[str, float]]) -> str:
+    """The whole page.
+
+    Args:
+        report: as `build_report` gives it.
+        history: training steps, for the loss curve.
+    """
+    identity = report["identity"]
+    title = f"{identity['name']} {identity['version']}"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        '<p class="soft">Distillation report: what the student learned and what it cost.</p>',
+        _gate(report["gate"]),
+        "<h2>Teacher and student on held-out text</h2>",
+        _metrics_table(report),
+        "<h2>Plots</h2>",
+        _plots(report, history),
+        "<h2>Cost</h2>",
+        _cost_table(report),
+        "<h2>Identity</h2>",
+        _table(((key, value) for key, value in identity.items()), value_class="hash"),
+        "<h2>How the figures are defined</h2>",
+        _table(report["definitions"].items()),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} – distillation report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _gate(gate: dict[str, Any]) -> str:
+    if not gate:
+        return '<p class="soft">The recipe sets no bounds (evaluate.require), so nothing was gated.</p>'
+    rows = "".join(
+        f"<tr><td>{escape(b['metric'])}</td><td class=number>{b['value']:.4f}</td>"
+        f"<td class=number>{b['sense']} {b['bound']:.4g}</td>"
+        f'<td class="{"good" if b["passed"] else "bad"}">{"passed" if b["passed"] else "failed"}</td></tr>'
+        for b in gate.values()
+    )
+    passed = not failures(gate)
+    verdict = "All bounds hold." if passed else "A bound fails: the model is kept, latest does not move."
+    return (
+        f'<h2>Gate</h2><p class="{"good" if passed else "bad"}">{verdict}</p><table><tr><th>Metric</th>'
+        f"<th class=number>Value</th><th class=number>Required</th><th>Verdict</th></tr>{rows}</table>"
+    )
+
+
+def _metrics_table(report: dict[str, Any]) -> str:
+    head = "".join(f"<th class=number>{name.capitalize()}</th>" for _, name in MODELS)
+    rows = "".join(
+        f"<tr><td>{label}</td>" + "".join(f"<td class=number>{report[m][key]:{spec}}</td>" for m, _ in MODELS) + "</tr>"
+        for key, label, spec in METRICS
+    )
+    return f"<div class=wide><table><tr><th>Metric</th>{head}</tr>{rows}</table></div>"
+
+
+def _plots(report: dict[str, Any], history: list[dict[str, float]]) -> str:
+    shown = [
+        ("Reliability: on the dotted line a probability means what it says.", plots.calibration(report["calibration"])),
+        (
+            "Kept mass of the held-out target rows; the rest is in the tail bucket.",
+            plots.kept_mass(report["kept_mass"]),
+        ),
+    ]
+    if history:
+        shown.insert(0, ("Training loss and its parts.", plots.loss_curve(history)))
+    figures = (f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for caption, svg in shown)
+    return f"<div class=plots>{''.join(figures)}</div>"
+
+
+def _cost_table(report: dict[str, Any]) -> str:
+    timings, tokens, targets = report["timings"], report["tokens"], report["targets"]
+    rows = [(f"Seconds, {stage}", f"{value:,.1f}") for stage, value in timings["seconds"].items()]
+    rows += [(f"Tokens/s, {stage}", f"{value:,.0f}") for stage, value in timings["tokens_per_s"].items()]
+    rows += [
+        ("Tokens captured for this run", f"{tokens['captured']:,}"),
+        ("Tokens reused from earlier captures", f"{tokens['reused']:,}"),
+        ("Supervised tokens trained on", f"{tokens['supervised_train']:,}"),
+        ("Supervised held-out tokens", f"{tokens['held_out']:,}"),
+        ("Target rows", f"{targets['rows']:,}"),
+        ("Bytes per target row", f"{targets['bytes_per_row']:.1f}"),
+        ("Mean kept mass", f"{targets['mean_kept_mass']:.4f}"),
+        ("Dead letters", f"{targets['dead_letters']:,}"),
+    ]
+    return _table(rows, value_class="number")
+
+
+def _table(rows: Iterable[tuple[str, Any]], value_class: str = "") -> str:
+    cells = (
+        f'<tr><td>{escape(str(key).replace("_", " "))}</td><td class="{value_class}">{escape(str(value))}</td></tr>'
+        for key, value in rows
+    )
+    return f"<table>{''.join(cells)}</table>"

@@ -1,0 +1,298 @@
+"""Metrics against hand-worked and brute-force values, the gate, and the two report documents."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import fields
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from distill_ray.errors import IntegrityError, UserError
+from distill_ray.report import (
+    Evaluation,
+    KeptMassHistogram,
+    MetricSums,
+    ModelRows,
+    RunIdentity,
+    TargetFigures,
+    Timings,
+    TokenCounts,
+    build_report,
+    check_require,
+    failures,
+    judge,
+    model_card,
+    read_history,
+    render_html,
+    render_table,
+    score_rows,
+    to_bytes,
+)
+
+V, K, N = 50, 8, 200
+
+
+def _log_softmax(logits_NV: np.ndarray) -> np.ndarray:
+    return logits_NV - np.logaddexp.reduce(logits_NV, axis=1, keepdims=True)
+
+
+def _rows(dense_NV: np.ndarray, kept_NK: np.ndarray, labels_N: np.ndarray) -> ModelRows:
+    every = np.arange(len(labels_N))
+    kept_logprobs = np.take_along_axis(dense_NV, kept_NK, axis=1)
+    return ModelRows(
+        logprobs_NK=kept_logprobs,
+        log_tail_N=np.log1p(-np.exp(kept_logprobs).sum(axis=1)),
+        top1_N=dense_NV.argmax(axis=1),
+        top1_logprob_N=dense_NV.max(axis=1),
+        actual_logprob_N=dense_NV[every, labels_N],
+    )
+
+
+def _cut(model: ModelRows, rows: np.ndarray) -> ModelRows:
+    return ModelRows(**{f.name: getattr(model, f.name)[rows] for f in fields(ModelRows)})
+
+
+@pytest.fixture
+def pair() -> tuple[np.ndarray, np.ndarray, np.ndarray, ModelRows, ModelRows]:
+    rng = np.random.default_rng(7)
+    p_NV = _log_softmax(rng.normal(size=(N, V)) * 3)
+    q_NV = _log_softmax(rng.normal(size=(N, V)) * 3)
+    labels_N = rng.integers(0, V, N)
+    kept_NK = np.argsort(-p_NV, axis=1)[:, :K]
+    return p_NV, q_NV, labels_N, _rows(p_NV, kept_NK, labels_N), _rows(q_NV, kept_NK, labels_N)
+
+
+def test_kl_and_acceptance_equal_the_dense_ones_of_the_partition(pair) -> None:
+    p_NV, q_NV, labels_N, teacher, student = pair
+    scored = score_rows(teacher, student, labels_N)
+    kept_NK = np.argsort(-p_NV, axis=1)[:, :K]
+    for n in range(N):
+        kept = kept_NK[n]
+        p = np.append(np.exp(p_NV[n, kept]), 1 - np.exp(p_NV[n, kept]).sum())
+        q = np.append(np.exp(q_NV[n, kept]), 1 - np.exp(q_NV[n, kept]).sum())
+        assert scored.kl_t1_N[n] == pytest.approx((p * np.log(p / q)).sum(), abs=1e-9)
+        assert scored.acceptance_N[n] == pytest.approx(np.minimum(p, q).sum(), abs=1e-12)
+    full_N = (np.exp(p_NV) * (p_NV - q_NV)).sum(axis=1)
+    assert (scored.kl_t1_N <= full_N + 1e-9).all()
+    assert (scored.kl_t1_N >= 0).all()
+
+
+def test_the_teacher_judged_by_its_own_rows_is_perfect_but_not_perfectly_calibrated(pair) -> None:
+    _, _, labels_N, teacher, _ = pair
+    sums = MetricSums(bins=15)
+    sums.add(score_rows(teacher, teacher, labels_N))
+    metrics = sums.metrics("teacher")
+    assert metrics["kl_t1"] == 0
+    assert metrics["top1_agreement"] == 1
+    assert metrics["acceptance"] == pytest.approx(1, abs=1e-9)
+    assert metrics["ece"] > 0.1  # labels are random here
+
+
+def test_a_teacher_whose_tail_rounds_to_nothing_gives_no_nan() -> None:
+    teacher = ModelRows(
+        logprobs_NK=np.array([[0.0, -np.inf]]),
+        log_tail_N=np.array([-np.inf]),
+        top1_N=np.array([3]),
+        top1_logprob_N=np.array([0.0]),
+        actual_logprob_N=np.array([0.0]),
+    )
+    student = ModelRows(
+        logprobs_NK=np.log([[0.5, 0.25]]),
+        log_tail_N=np.log([0.25]),
+        top1_N=np.array([3]),
+        top1_logprob_N=np.log([0.5]),
+        actual_logprob_N=np.log([0.5]),
+    )
+    labels_N = np.array([3])
+    assert score_rows(teacher, student, labels_N).kl_t1_N[0] == pytest.approx(math.log(2))
+    assert score_rows(teacher, teacher, labels_N).kl_t1_N[0] == 0
+    assert score_rows(student, student, labels_N).acceptance_N[0] == pytest.approx(1)
+
+
+def test_metrics_do_not_depend_on_how_rows_are_batched(pair) -> None:
+    _, _, labels_N, teacher, student = pair
+    whole, parts = MetricSums(15), MetricSums(15)
+    whole.add(score_rows(teacher, student, labels_N))
+    for rows in np.array_split(np.arange(N), 7):
+        parts.add(score_rows(_cut(teacher, rows), _cut(student, rows), labels_N[rows]))
+    assert parts.metrics("student") == pytest.approx(whole.metrics("student"), rel=1e-12)
+
+
+def test_perplexity_and_ece_by_hand() -> None:
+    # Four rows: confidences .9 .9 .1 .1, right, wrong, wrong, wrong → ECE = ½·|.9 − .5| + ½·|.1 − 0| = .25
+    confidence_N = np.array([0.9, 0.9, 0.1, 0.1])
+    rows = ModelRows(
+        logprobs_NK=np.log(confidence_N)[:, None],
+        log_tail_N=np.log1p(-confidence_N),
+        top1_N=np.array([1, 1, 1, 1]),
+        top1_logprob_N=np.log(confidence_N),
+        actual_logprob_N=np.log([0.5, 0.25, 0.5, 0.25]),
+    )
+    sums = MetricSums(bins=10)
+    sums.add(score_rows(rows, rows, np.array([1, 2, 2, 2])))
+    metrics = sums.metrics("student")
+    assert metrics["ece"] == pytest.approx(0.25)
+    assert metrics["perplexity"] == pytest.approx(math.sqrt(8))
+    assert sums.calibration() == {
+        "confidence": pytest.approx([0.1, 0.9]),
+        "accuracy": pytest.approx([0, 0.5]),
+        "rows": [2, 2],
+    }
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_metric_that_is_not_finite_is_an_error(value: float) -> None:
+    one = np.array([0.0])
+    good = ModelRows(one[:, None], np.array([-np.inf]), np.array([1]), one, one)
+    broken = ModelRows(one[:, None], np.array([-np.inf]), np.array([1]), np.array([value]), np.array([value]))
+    sums = MetricSums(bins=4)
+    sums.add(score_rows(good, broken, np.array([1])))
+    with pytest.raises(UserError, match=r"student after: perplexity=(nan|inf).*over 1 held-out rows"):
+        sums.metrics("student after")
+
+
+def test_no_rows_is_an_error_not_a_division() -> None:
+    with pytest.raises(UserError, match="no supervised held-out row"):
+        MetricSums(bins=4).metrics("teacher")
+
+
+def test_kept_mass_histogram_holds_both_ends() -> None:
+    histogram = KeptMassHistogram(bins=4)
+    histogram.add(np.array([-np.inf, 0.0, 1e-7, math.log(0.3)], dtype=np.float32))
+    assert histogram.to_json()["counts"] == [2, 0, 1, 1]
+
+
+METRICS = {
+    "teacher": {"perplexity": 10.0, "kl_t1": 0.0, "top1_agreement": 1.0, "ece": 0.02, "acceptance": 1.0},
+    "before": {"perplexity": 90.0, "kl_t1": 3.0, "top1_agreement": 0.2, "ece": 0.3, "acceptance": 0.2},
+    "after": {"perplexity": 14.0, "kl_t1": 0.3, "top1_agreement": 0.8, "ece": 0.05, "acceptance": 0.75},
+}
+
+
+def test_gate_senses_and_prefixes() -> None:
+    gate = judge(METRICS, {"kl_t1": 0.3, "after.top1_agreement": 0.8, "before.kl_t1": 2.0, "acceptance": 0.9})
+    assert list(gate) == ["acceptance", "after.top1_agreement", "before.kl_t1", "kl_t1"]
+    verdicts = {b["metric"]: (b["sense"], b["value"], b["passed"]) for b in gate.values()}
+    assert verdicts == {
+        "after.kl_t1": ("at most", 0.3, True),
+        "after.top1_agreement": ("at least", 0.8, True),
+        "before.kl_t1": ("at most", 3.0, False),
+        "after.acceptance": ("at least", 0.75, False),
+    }
+    assert failures(gate) == [
+        "after.acceptance = 0.75, required at least 0.9",
+        "before.kl_t1 = 3, required at most 2",
+    ]
+    assert judge(METRICS, {}) == {}
+
+
+@pytest.mark.parametrize("name", ["kl", "after.kl", "rows", "student.kl_t1", ".kl_t1", "a.after.kl_t1"])
+def test_a_bound_on_an_unknown_metric_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=re.escape(name)):
+        check_require({"kl_t1": 1.0, name: 1.0})
+
+
+def _report(pair, require: dict[str, float]) -> tuple[dict, list[dict[str, float]]]:
+    _, _, labels_N, teacher, student = pair
+    history = [
+        {"step": s, "loss": 5 / s, "ce": 6 / s, "kl_t": 4 / s, "kl_t1": 4 / s, "tokens": 100, "seconds": 0.5}
+        for s in range(1, 41)
+    ]
+    sums = [MetricSums(15) for _ in range(3)]
+    for s, model in zip(sums, (teacher, student, teacher), strict=True):
+        s.add(score_rows(teacher, model, labels_N))
+    kept = KeptMassHistogram()
+    kept.add(teacher.log_tail_N)
+    report = build_report(
+        Evaluation(*sums, kept_mass=kept, tokens_per_s=1234.5),
+        identity=RunIdentity("triage", "2026-W47", "c" * 32, 3, "d" * 32, "t<e>acher", "k" * 32, "s" * 64, "r" * 32),
+        timings=Timings({"capture": 12.5, "train": 60.0}, {"teacher": 500.0, "train": 900.0, "evaluate": 1234.5}),
+        tokens=TokenCounts(captured=1000, reused=200, supervised_train=2400, held_out=N),
+        targets=TargetFigures(rows=1197, bytes_per_row=210.4, mean_kept_mass=0.93, dead_letters=2),
+        history=history,
+        require=require,
+    )
+    return report, history
+
+
+def test_report_json_has_the_stated_keys_and_only_finite_values(pair) -> None:
+    report, _ = _report(pair, {"kl_t1": 0.5})
+    loaded = json.loads(to_bytes(report))
+    assert loaded == report
+    for model in ("teacher", "before", "after"):
+        assert {"perplexity", "kl_t1", "top1_agreement", "ece", "acceptance", "rows"} == set(loaded[model])
+    assert {"identity", "timings", "tokens", "targets", "gate", "schema_version"} <= set(loaded)
+    assert loaded["before"]["kl_t1"] > loaded["after"]["kl_t1"]
+    with pytest.raises(IntegrityError, match=r"after\.ece = nan"):
+        to_bytes({**report, "after": {**report["after"], "ece": math.nan}})
+
+
+class _Tags(HTMLParser):
+    """Well-formedness as far as a plot's markup goes: ids are unique, references resolve, nothing is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.refs: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            value = value or ""
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "srcset"):
+                (self.refs if value.startswith("#") else self.fetched).append(value.removeprefix("#"))
+            self.refs += re.findall(r"url\(#([^)]*)\)", value)
+
+
+def test_report_html_is_self_contained_and_complete(pair) -> None:
+    report, history = _report(pair, {"kl_t1": 0.5, "acceptance": 2.0})
+    page = render_html(report, history)
+    tags = _Tags()
+    tags.feed(page)
+    assert not tags.fetched
+    assert "http" not in page
+    assert "@import" not in page
+    assert len(tags.ids) == len(set(tags.ids))
+    assert set(tags.refs) <= set(tags.ids)
+    assert page.count("<svg") == 3
+    assert "prefers-color-scheme: dark" in page
+    assert "#010203" not in page
+    assert "t&lt;e&gt;acher" in page
+    for text in ("Perplexity", "Dead letters", "training step", "kept mass", "student before", "failed", "at least 2"):
+        assert text in page, text
+    assert len(page) < 400_000
+
+
+def test_report_html_before_any_training_step_leaves_the_loss_curve_out(pair) -> None:
+    report, _ = _report(pair, {})
+    assert render_html(report, []).count("<svg") == 2
+
+
+def test_history_counts_a_repeated_step_once_and_skips_a_torn_line() -> None:
+    lines = b'{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 9.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo'
+    assert read_history(lines) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_model_card_front_matter_is_yaml_with_lineage(pair) -> None:
+    import yaml
+
+    report, _ = _report(pair, {"kl_t1": 0.5})
+    card = model_card(report, teacher="llama: 70b", licence="apache-2.0", recipe={"name": "triage"})
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) | {"license": "apache-2.0", "base_model": "llama: 70b"} == yaml.safe_load(front)
+    for text in ("c" * 32, "d" * 32, "r" * 32, "s" * 64, "t<e>acher", "apache-2.0", '"name": "triage"', "passed"):
+        assert text in body, text
+
+
+def test_the_printed_table_has_aligned_columns(pair) -> None:
+    report, _ = _report(pair, {})
+    lines = render_table(report).splitlines()
+    assert lines[0].split("  ")[0] == "held-out text"
+    assert len({len(line) for line in lines}) == 1
+    assert any(line.startswith("KL to the teacher") and "0.0000" in line for line in lines)
