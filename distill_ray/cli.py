@@ -126,7 +126,7 @@ class _Stopper:
             raise StoppedError(f"before {stage}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.stage_name = self.event.is_set(), self.stage
+        again = self.event.is_set()
         self.event.set()
         if again or self.stage not in ("capture", "train"):
             raise StoppedError(f"{signal.Signals(number).name} during {self.stage}")

@@ -64,10 +64,9 @@ def run(
     stop = stop or threading.Event()
     storage = open_storage(recipe.storage.root)
     identity = run_identity(recipe)
-    published = read_published(storage, recipe.run_prefix)
-    _same_run(recipe, identity, published.get("identity"))
+    _same_run(recipe, identity, read_published(storage, recipe.run_prefix).get("identity"))
     wanted = STAGES[: STAGES.index(until) + 1]
-    if any(PUBLISHED_BY[stage] not in published for stage in wanted):
+    if not is_done(recipe, until):
         with Lease.acquire(storage, recipe.run_prefix) as lease, ray_session(address):
             publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
             for stage in wanted:
@@ -77,6 +76,12 @@ def run(
     if until != "export":
         return None
     return _result(recipe, storage)
+
+
+def is_done(recipe: Recipe, until: str = "export") -> bool:
+    """Whether every stage up to `until` has published its artefact."""
+    published = read_published(open_storage(recipe.storage.root), recipe.run_prefix)
+    return all(PUBLISHED_BY[stage] in published for stage in STAGES[: STAGES.index(until) + 1])
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
