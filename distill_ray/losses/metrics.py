@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill_ray.losses.head import default_chunk, project
-from distill_ray.losses.objectives import bucket
+from distill_ray.losses.objectives import partition_kl
 from distill_ray.losses.partition import StudentChunk
 from distill_ray.losses.types import SparseTargets
 
@@ -31,20 +31,52 @@ class RowMetrics:
     """bool: the student's most likely token is the actual next one."""
 
 
+@dataclass(frozen=True)
+class ModelRows:
+    """One model's distribution on the partition that the teacher's kept ids make, at T = 1."""
+
+    log_q_NK: Tensor
+    """Log-probabilities of the teacher's kept ids."""
+    log_tail_N: Tensor
+    """log(1 − S), S the model's mass on the kept ids."""
+    top1_N: Tensor
+    """int64 most likely id."""
+    top1_logprob_N: Tensor
+    actual_logprob_N: Tensor
+    """Log-probability of the actual next token."""
+
+
+def compare_rows(model: ModelRows, targets: SparseTargets, *, vocab_size: int) -> RowMetrics:
+    """Figures of a model against the teacher's targets; the teacher itself may be the model.
+
+    Args:
+        model: N rows.
+        targets: N rows.
+        vocab_size: real vocabulary; where all of it is kept there is no tail bucket.
+    """
+    has_tail = targets.ids_NK.shape[1] < vocab_size
+    log_p_NK, log_tail_N = targets.logprobs_NK, targets.log_tail_N
+    acceptance_N = torch.minimum(log_p_NK, model.log_q_NK).exp().sum(1)
+    if has_tail:
+        acceptance_N = acceptance_N + torch.minimum(log_tail_N, model.log_tail_N).exp()
+    return RowMetrics(
+        partition_kl(log_p_NK, log_tail_N, model.log_q_NK, model.log_tail_N, has_tail=has_tail),
+        model.top1_N == targets.ids_NK[:, 0],
+        acceptance_N,
+        model.actual_logprob_N,
+        model.top1_logprob_N.exp(),
+        model.top1_N == targets.labels_N,
+    )
+
+
 def _chunk_metrics(logits_NV: Tensor, targets: SparseTargets) -> RowMetrics:
     student = StudentChunk(logits_NV, targets.ids_NK)
     split = student.split(1.0)
     best_N, top1_N = logits_NV.max(1)
-    kept_N = torch.minimum(targets.logprobs_NK, split.log_q_NK).exp().sum(1)
-    tail_N = torch.minimum(targets.log_tail_N, split.log_tail_N).exp()
-    return RowMetrics(
-        bucket(student, targets, 1.0),
-        top1_N == targets.ids_NK[:, 0],
-        kept_N + tail_N,
-        student.log_prob(targets.labels_N),
-        (best_N - split.log_z_N).exp(),
-        top1_N == targets.labels_N,
+    rows = ModelRows(
+        split.log_q_NK, split.log_tail_N, top1_N, best_N - split.log_z_N, student.log_prob(targets.labels_N)
     )
+    return compare_rows(rows, targets, vocab_size=logits_NV.shape[1])
 
 
 @torch.no_grad()

@@ -32,14 +32,30 @@ def bucket(student: StudentChunk, targets: SparseTargets, temperature: float) ->
     Returns:
         [N] nats, in the type of the logits.
     """
-    logp_NK, log_tail_N = (x.to(student.logits_NV.dtype) for x in targets.at(temperature))
+    log_p_NK, log_tail_N = (x.to(student.logits_NV.dtype) for x in targets.at(temperature))
     split = student.split(temperature)
-    p_NK, tail_N = logp_NK.exp(), log_tail_N.exp()
+    has_tail = targets.ids_NK.shape[1] < student.logits_NV.shape[1]
+    return partition_kl(log_p_NK, log_tail_N, split.log_q_NK, split.log_tail_N, has_tail=has_tail)
+
+
+def partition_kl(
+    log_p_NK: Tensor, log_p_tail_N: Tensor, log_q_NK: Tensor, log_q_tail_N: Tensor, *, has_tail: bool = True
+) -> Tensor:
+    """KL(p ‖ q) on the partition {kept tokens, tail}, [N] nats.
+
+    Args:
+        log_p_NK: log-probabilities of the kept ids under p.
+        log_p_tail_N: log(1 − P).
+        log_q_NK: the same ids under q.
+        log_q_tail_N: log(1 − S).
+        has_tail: False where K = V, so that the bucket is empty for both.
+    """
+    p_NK, tail_N = log_p_NK.exp(), log_p_tail_N.exp()
     # 0·log 0 = 0; where() keeps the 0·(−inf) of an underflowed probability out of the sum.
-    loss_N = torch.where(p_NK > 0, p_NK * (logp_NK - split.log_q_NK), 0).sum(1)
-    if targets.ids_NK.shape[1] == student.logits_NV.shape[1]:
-        return loss_N
-    return loss_N + torch.where(tail_N > 0, tail_N * (log_tail_N - split.log_tail_N), 0)
+    kl_N = torch.where(p_NK > 0, p_NK * (log_p_NK - log_q_NK), 0).sum(1)
+    if not has_tail:
+        return kl_N
+    return kl_N + torch.where(tail_N > 0, tail_N * (log_p_tail_N - log_q_tail_N), 0)
 
 
 OBJECTIVES: dict[str, Objective] = {"bucket": bucket}
