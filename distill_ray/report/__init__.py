@@ -18,9 +18,7 @@ from distill_ray.report.metrics import (
     DEFINITIONS,
     KeptMassHistogram,
     MetricSums,
-    ModelRows,
     ScoredRows,
-    score_rows,
 )
 from distill_ray.report.table import render_table
 
@@ -30,7 +28,6 @@ __all__ = [
     "Evaluation",
     "KeptMassHistogram",
     "MetricSums",
-    "ModelRows",
     "RunIdentity",
     "ScoredRows",
     "TargetFigures",
@@ -44,6 +41,5 @@ __all__ = [
     "read_history",
     "render_html",
     "render_table",
-    "score_rows",
     "to_bytes",
 ]

@@ -1,7 +1,4 @@
-"""Held-out metrics from per-row quantities, in float64 numpy; the teacher and both students go through the same code.
-
-Legend of shapes: N rows, K kept tokens, B calibration bins. p is the teacher, q the model that is judged.
-"""
+"""Held-out metrics as running sums of per-row figures, in float64; teacher and students go through the same code."""
 
 from __future__ import annotations
 
@@ -24,59 +21,21 @@ DEFINITIONS = {
 
 
 @dataclass(frozen=True)
-class ModelRows:
-    """What one model q says on N rows whose kept ids the teacher chose."""
-
-    logprobs_NK: np.ndarray
-    """log q of the teacher's kept ids."""
-    log_tail_N: np.ndarray
-    """log(1 − Σ_K q)."""
-    top1_N: np.ndarray
-    """The model's most likely id."""
-    top1_logprob_N: np.ndarray
-    actual_logprob_N: np.ndarray
-    """log q of the actual next token."""
-
-
-@dataclass(frozen=True)
 class ScoredRows:
-    """Per-row metrics of one model, [N] each."""
+    """Figures of one model on N rows, [N] each."""
 
     actual_logprob_N: np.ndarray
+    """Log-probability of the actual next token."""
     kl_t1_N: np.ndarray
+    """Bucket KL(teacher ‖ model) at T = 1, nats."""
     acceptance_N: np.ndarray
+    """Σ min(p, q) on kept + bucket."""
     agree_N: np.ndarray
+    """bool: the model's most likely token is the teacher's."""
     confidence_N: np.ndarray
+    """Probability of the model's most likely token."""
     correct_N: np.ndarray
-
-
-def score_rows(teacher: ModelRows, model: ModelRows, labels_N: np.ndarray) -> ScoredRows:
-    """Per-row bucket KL, acceptance, agreement and confidence of `model` against `teacher`.
-
-    KL = Σ_K p log(p/q) + (1−P) log((1−P)/(1−S)); acceptance = Σ_K min(p, q) + min(1−P, 1−S), P and S the kept
-    masses. A class without teacher mass adds nothing to the KL.
-
-    Args:
-        labels_N: actual next token ids.
-    """
-    log_p_NC = _with_tail(teacher)
-    log_q_NC = _with_tail(model)
-    p_NC = np.exp(log_p_NC)
-    # −inf − (−inf) is NaN: a class that the teacher gives nothing is left out before the difference is taken.
-    live = p_NC > 0
-    gap_NC = np.subtract(log_p_NC, log_q_NC, out=np.zeros_like(log_p_NC), where=live)
-    return ScoredRows(
-        actual_logprob_N=model.actual_logprob_N.astype(np.float64),
-        kl_t1_N=(p_NC * gap_NC).sum(axis=1),
-        acceptance_N=np.minimum(p_NC, np.exp(log_q_NC)).sum(axis=1),
-        agree_N=model.top1_N == teacher.top1_N,
-        confidence_N=np.exp(model.top1_logprob_N.astype(np.float64)),
-        correct_N=model.top1_N == labels_N,
-    )
-
-
-def _with_tail(rows: ModelRows) -> np.ndarray:
-    return np.concatenate([rows.logprobs_NK, rows.log_tail_N[:, None]], axis=1).astype(np.float64)
+    """bool: the model's most likely token is the actual next one."""
 
 
 class MetricSums:
@@ -96,12 +55,12 @@ class MetricSums:
 
     def add(self, scored: ScoredRows) -> None:
         self.rows += len(scored.kl_t1_N)
-        self._nll -= float(scored.actual_logprob_N.sum())
-        self._kl += float(scored.kl_t1_N.sum())
-        self._acceptance += float(scored.acceptance_N.sum())
+        self._nll -= float(scored.actual_logprob_N.sum(dtype=np.float64))
+        self._kl += float(scored.kl_t1_N.sum(dtype=np.float64))
+        self._acceptance += float(scored.acceptance_N.sum(dtype=np.float64))
         self._agree += float(scored.agree_N.sum())
         # A NaN confidence would index a bin at random; it is kept out of the bins and reported through the sums.
-        confidence_N = np.nan_to_num(scored.confidence_N, nan=0.0)
+        confidence_N = np.nan_to_num(scored.confidence_N.astype(np.float64), nan=0.0)
         where_N = np.clip((confidence_N * self._bins).astype(np.int64), 0, self._bins - 1)
         self._bin_rows += np.bincount(where_N, minlength=self._bins)
         self._bin_confidence += np.bincount(where_N, weights=scored.confidence_N, minlength=self._bins)

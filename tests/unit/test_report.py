@@ -16,8 +16,8 @@ from distill_ray.report import (
     Evaluation,
     KeptMassHistogram,
     MetricSums,
-    ModelRows,
     RunIdentity,
+    ScoredRows,
     TargetFigures,
     Timings,
     TokenCounts,
@@ -29,114 +29,55 @@ from distill_ray.report import (
     read_history,
     render_html,
     render_table,
-    score_rows,
     to_bytes,
 )
 
-V, K, N = 50, 8, 200
+N = 200
 
 
-def _log_softmax(logits_NV: np.ndarray) -> np.ndarray:
-    return logits_NV - np.logaddexp.reduce(logits_NV, axis=1, keepdims=True)
-
-
-def _rows(dense_NV: np.ndarray, kept_NK: np.ndarray, labels_N: np.ndarray) -> ModelRows:
-    every = np.arange(len(labels_N))
-    kept_logprobs = np.take_along_axis(dense_NV, kept_NK, axis=1)
-    return ModelRows(
-        logprobs_NK=kept_logprobs,
-        log_tail_N=np.log1p(-np.exp(kept_logprobs).sum(axis=1)),
-        top1_N=dense_NV.argmax(axis=1),
-        top1_logprob_N=dense_NV.max(axis=1),
-        actual_logprob_N=dense_NV[every, labels_N],
+def _scored(seed: int, quality: float) -> ScoredRows:
+    rng = np.random.default_rng(seed)
+    confidence_N = rng.uniform(0.05, 1, N).astype(np.float32)
+    return ScoredRows(
+        actual_logprob_N=np.log(rng.uniform(0.01, 1, N)),
+        kl_t1_N=rng.exponential(1 - quality, N),
+        acceptance_N=rng.uniform(quality, 1, N),
+        agree_N=rng.random(N) < quality,
+        confidence_N=confidence_N,
+        correct_N=rng.random(N) < confidence_N,
     )
 
 
-def _cut(model: ModelRows, rows: np.ndarray) -> ModelRows:
-    return ModelRows(**{f.name: getattr(model, f.name)[rows] for f in fields(ModelRows)})
+def _cut(rows: ScoredRows, where: np.ndarray) -> ScoredRows:
+    return ScoredRows(**{f.name: getattr(rows, f.name)[where] for f in fields(ScoredRows)})
 
 
-@pytest.fixture
-def pair() -> tuple[np.ndarray, np.ndarray, np.ndarray, ModelRows, ModelRows]:
-    rng = np.random.default_rng(7)
-    p_NV = _log_softmax(rng.normal(size=(N, V)) * 3)
-    q_NV = _log_softmax(rng.normal(size=(N, V)) * 3)
-    labels_N = rng.integers(0, V, N)
-    kept_NK = np.argsort(-p_NV, axis=1)[:, :K]
-    return p_NV, q_NV, labels_N, _rows(p_NV, kept_NK, labels_N), _rows(q_NV, kept_NK, labels_N)
-
-
-def test_kl_and_acceptance_equal_the_dense_ones_of_the_partition(pair) -> None:
-    p_NV, q_NV, labels_N, teacher, student = pair
-    scored = score_rows(teacher, student, labels_N)
-    kept_NK = np.argsort(-p_NV, axis=1)[:, :K]
-    for n in range(N):
-        kept = kept_NK[n]
-        p = np.append(np.exp(p_NV[n, kept]), 1 - np.exp(p_NV[n, kept]).sum())
-        q = np.append(np.exp(q_NV[n, kept]), 1 - np.exp(q_NV[n, kept]).sum())
-        assert scored.kl_t1_N[n] == pytest.approx((p * np.log(p / q)).sum(), abs=1e-9)
-        assert scored.acceptance_N[n] == pytest.approx(np.minimum(p, q).sum(), abs=1e-12)
-    full_N = (np.exp(p_NV) * (p_NV - q_NV)).sum(axis=1)
-    assert (scored.kl_t1_N <= full_N + 1e-9).all()
-    assert (scored.kl_t1_N >= 0).all()
-
-
-def test_the_teacher_judged_by_its_own_rows_is_perfect_but_not_perfectly_calibrated(pair) -> None:
-    _, _, labels_N, teacher, _ = pair
-    sums = MetricSums(bins=15)
-    sums.add(score_rows(teacher, teacher, labels_N))
-    metrics = sums.metrics("teacher")
-    assert metrics["kl_t1"] == 0
-    assert metrics["top1_agreement"] == 1
-    assert metrics["acceptance"] == pytest.approx(1, abs=1e-9)
-    assert metrics["ece"] > 0.1  # labels are random here
-
-
-def test_a_teacher_whose_tail_rounds_to_nothing_gives_no_nan() -> None:
-    teacher = ModelRows(
-        logprobs_NK=np.array([[0.0, -np.inf]]),
-        log_tail_N=np.array([-np.inf]),
-        top1_N=np.array([3]),
-        top1_logprob_N=np.array([0.0]),
-        actual_logprob_N=np.array([0.0]),
-    )
-    student = ModelRows(
-        logprobs_NK=np.log([[0.5, 0.25]]),
-        log_tail_N=np.log([0.25]),
-        top1_N=np.array([3]),
-        top1_logprob_N=np.log([0.5]),
-        actual_logprob_N=np.log([0.5]),
-    )
-    labels_N = np.array([3])
-    assert score_rows(teacher, student, labels_N).kl_t1_N[0] == pytest.approx(math.log(2))
-    assert score_rows(teacher, teacher, labels_N).kl_t1_N[0] == 0
-    assert score_rows(student, student, labels_N).acceptance_N[0] == pytest.approx(1)
-
-
-def test_metrics_do_not_depend_on_how_rows_are_batched(pair) -> None:
-    _, _, labels_N, teacher, student = pair
+def test_metrics_do_not_depend_on_how_rows_are_batched() -> None:
+    rows = _scored(1, 0.7)
     whole, parts = MetricSums(15), MetricSums(15)
-    whole.add(score_rows(teacher, student, labels_N))
-    for rows in np.array_split(np.arange(N), 7):
-        parts.add(score_rows(_cut(teacher, rows), _cut(student, rows), labels_N[rows]))
+    whole.add(rows)
+    for where in np.array_split(np.arange(N), 7):
+        parts.add(_cut(rows, where))
     assert parts.metrics("student") == pytest.approx(whole.metrics("student"), rel=1e-12)
 
 
 def test_perplexity_and_ece_by_hand() -> None:
     # Four rows: confidences .9 .9 .1 .1, right, wrong, wrong, wrong → ECE = ½·|.9 − .5| + ½·|.1 − 0| = .25
     confidence_N = np.array([0.9, 0.9, 0.1, 0.1])
-    rows = ModelRows(
-        logprobs_NK=np.log(confidence_N)[:, None],
-        log_tail_N=np.log1p(-confidence_N),
-        top1_N=np.array([1, 1, 1, 1]),
-        top1_logprob_N=np.log(confidence_N),
+    rows = ScoredRows(
         actual_logprob_N=np.log([0.5, 0.25, 0.5, 0.25]),
+        kl_t1_N=np.array([0.0, 1.0, 2.0, 3.0]),
+        acceptance_N=np.array([1.0, 0.5, 0.5, 0.0]),
+        agree_N=np.array([True, True, True, False]),
+        confidence_N=confidence_N,
+        correct_N=np.array([True, False, False, False]),
     )
     sums = MetricSums(bins=10)
-    sums.add(score_rows(rows, rows, np.array([1, 2, 2, 2])))
+    sums.add(rows)
     metrics = sums.metrics("student")
     assert metrics["ece"] == pytest.approx(0.25)
     assert metrics["perplexity"] == pytest.approx(math.sqrt(8))
+    assert (metrics["kl_t1"], metrics["acceptance"], metrics["top1_agreement"], metrics["rows"]) == (1.5, 0.5, 0.75, 4)
     assert sums.calibration() == {
         "confidence": pytest.approx([0.1, 0.9]),
         "accuracy": pytest.approx([0, 0.5]),
@@ -146,12 +87,11 @@ def test_perplexity_and_ece_by_hand() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_metric_that_is_not_finite_is_an_error(value: float) -> None:
-    one = np.array([0.0])
-    good = ModelRows(one[:, None], np.array([-np.inf]), np.array([1]), one, one)
-    broken = ModelRows(one[:, None], np.array([-np.inf]), np.array([1]), np.array([value]), np.array([value]))
+    rows = _scored(1, 0.7)
+    rows.actual_logprob_N[3] = value
     sums = MetricSums(bins=4)
-    sums.add(score_rows(good, broken, np.array([1])))
-    with pytest.raises(UserError, match=r"student after: perplexity=(nan|inf).*over 1 held-out rows"):
+    sums.add(rows)
+    with pytest.raises(UserError, match=r"student after: perplexity=(nan|inf).*over 200 held-out rows"):
         sums.metrics("student after")
 
 
@@ -196,17 +136,16 @@ def test_a_bound_on_an_unknown_metric_is_refused(name: str) -> None:
         check_require({"kl_t1": 1.0, name: 1.0})
 
 
-def _report(pair, require: dict[str, float]) -> tuple[dict, list[dict[str, float]]]:
-    _, _, labels_N, teacher, student = pair
+def _report(require: dict[str, float]) -> tuple[dict, list[dict[str, float]]]:
     history = [
         {"step": s, "loss": 5 / s, "ce": 6 / s, "kl_t": 4 / s, "kl_t1": 4 / s, "tokens": 100, "seconds": 0.5}
         for s in range(1, 41)
     ]
     sums = [MetricSums(15) for _ in range(3)]
-    for s, model in zip(sums, (teacher, student, teacher), strict=True):
-        s.add(score_rows(teacher, model, labels_N))
+    for s, quality in zip(sums, (1.0, 0.2, 0.8), strict=True):
+        s.add(_scored(int(quality * 10), quality))
     kept = KeptMassHistogram()
-    kept.add(teacher.log_tail_N)
+    kept.add(-np.random.default_rng(0).exponential(3, N))
     report = build_report(
         Evaluation(*sums, kept_mass=kept, tokens_per_s=1234.5),
         identity=RunIdentity("triage", "2026-W47", "c" * 32, 3, "d" * 32, "t<e>acher", "k" * 32, "s" * 64, "r" * 32),
@@ -219,8 +158,8 @@ def _report(pair, require: dict[str, float]) -> tuple[dict, list[dict[str, float
     return report, history
 
 
-def test_report_json_has_the_stated_keys_and_only_finite_values(pair) -> None:
-    report, _ = _report(pair, {"kl_t1": 0.5})
+def test_report_json_has_the_stated_keys_and_only_finite_values() -> None:
+    report, _ = _report({"kl_t1": 0.5})
     loaded = json.loads(to_bytes(report))
     assert loaded == report
     for model in ("teacher", "before", "after"):
@@ -250,8 +189,8 @@ class _Tags(HTMLParser):
             self.refs += re.findall(r"url\(#([^)]*)\)", value)
 
 
-def test_report_html_is_self_contained_and_complete(pair) -> None:
-    report, history = _report(pair, {"kl_t1": 0.5, "acceptance": 2.0})
+def test_report_html_is_self_contained_and_complete() -> None:
+    report, history = _report({"kl_t1": 0.5, "acceptance": 2.0})
     page = render_html(report, history)
     tags = _Tags()
     tags.feed(page)
@@ -269,8 +208,8 @@ def test_report_html_is_self_contained_and_complete(pair) -> None:
     assert len(page) < 400_000
 
 
-def test_report_html_before_any_training_step_leaves_the_loss_curve_out(pair) -> None:
-    report, _ = _report(pair, {})
+def test_report_html_before_any_training_step_leaves_the_loss_curve_out() -> None:
+    report, _ = _report({})
     assert render_html(report, []).count("<svg") == 2
 
 
@@ -279,10 +218,10 @@ def test_history_counts_a_repeated_step_once_and_skips_a_torn_line() -> None:
     assert read_history(lines) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 
 
-def test_model_card_front_matter_is_yaml_with_lineage(pair) -> None:
+def test_model_card_front_matter_is_yaml_with_lineage() -> None:
     import yaml
 
-    report, _ = _report(pair, {"kl_t1": 0.5})
+    report, _ = _report({"kl_t1": 0.5})
     card = model_card(report, teacher="llama: 70b", licence="apache-2.0", recipe={"name": "triage"})
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) | {"license": "apache-2.0", "base_model": "llama: 70b"} == yaml.safe_load(front)
@@ -290,8 +229,8 @@ def test_model_card_front_matter_is_yaml_with_lineage(pair) -> None:
         assert text in body, text
 
 
-def test_the_printed_table_has_aligned_columns(pair) -> None:
-    report, _ = _report(pair, {})
+def test_the_printed_table_has_aligned_columns() -> None:
+    report, _ = _report({})
     lines = render_table(report).splitlines()
     assert lines[0].split("  ")[0] == "held-out text"
     assert len({len(line) for line in lines}) == 1
