@@ -1,0 +1,266 @@
+"""Storage on S3 or a server that speaks it, with conditional PUTs."""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from boto3.s3.transfer import TransferConfig
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
+
+from distill_ray.errors import IntegrityError
+from distill_ray.storage.atomic import TEMPORARY, explain_os, is_hidden, replace_durably, temporary_beside
+from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, StorageError
+from distill_ray.storage.s3_client import s3_client
+from distill_ray.storage.s3_errors import BROKEN_BODY, S3_ERRORS, explain, status_of
+from distill_ray.storage.s3_input import RangeStream
+from distill_ray.storage.uris import split_s3
+
+T = TypeVar("T")
+
+_MULTIPART = 64 << 20
+_BODY_ATTEMPTS = 5
+_WRITER = "writer"  # user metadata that tells a conditional PUT's own retry from a rival's object
+
+
+class S3Storage:
+    """Keys lie under `s3://bucket/prefix`. Holds no client and no secret, so it can be pickled."""
+
+    def __init__(self, uri: str) -> None:
+        self._bucket, prefix = split_s3(uri)
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._bucket_seen = False
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def get(self, key: str) -> bytes:
+        return self.get_versioned(key)[0]
+
+    def get_versioned(self, key: str) -> tuple[bytes, str]:
+        def whole() -> tuple[bytes, str]:
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key))
+            return answer["Body"].read(), _bare(answer["ETag"])
+
+        return self._body("read", key, whole)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        return self._range(key, start, length, None)
+
+    def put(self, key: str, data: bytes) -> None:
+        name = self._name(key)
+        if len(data) > _MULTIPART:
+            self._ask(
+                "write",
+                key,
+                lambda: self._client.upload_fileobj(io.BytesIO(data), self._bucket, name, Config=_transfer()),
+            )
+        else:
+            self._ask("write", key, lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=data))
+
+    def put_if(self, key: str, data: bytes, version: str | None) -> str:
+        name, writer = self._name(key), uuid.uuid4().hex
+        try:
+            if version is None:
+                answer = self._client.put_object(
+                    Bucket=self._bucket, Key=name, Body=data, Metadata={_WRITER: writer}, IfNoneMatch="*"
+                )
+            else:
+                answer = self._client.put_object(
+                    Bucket=self._bucket, Key=name, Body=data, Metadata={_WRITER: writer}, IfMatch=f'"{version}"'
+                )
+            return _bare(answer["ETag"])
+        except ClientError as error:
+            # 412: not at the version; 409: a rival is writing this moment; 404: If-Match on no object (AWS).
+            lost = status_of(error) in (409, 412) or (status_of(error) == 404 and version is not None)
+            explained = self._explain(error, "write", key)
+            if not lost or (status_of(error) == 404 and isinstance(explained, StorageError)):
+                raise explained from error
+            retried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
+            mine = self._written_by(name, writer) if retried else None
+            if mine is None:
+                raise ConflictError(
+                    f"{self._target(key)} is no longer at version {version}; nothing was written"
+                ) from error
+            return mine
+        except S3_ERRORS as error:
+            raise self._explain(error, "write", key) from error
+
+    def upload(self, path: Path, key: str) -> None:
+        name = self._name(key)
+        self._ask("write", key, lambda: self._client.upload_file(str(path), self._bucket, name, Config=_transfer()))
+
+    def download(self, key: str, path: Path) -> None:
+        path, name = Path(path), self._name(key)
+
+        def fetch(temporary: Path) -> None:
+            # With more than one part boto3 pins them all to the first answer's ETag.
+            self._client.download_file(self._bucket, name, str(temporary), Config=_transfer())
+
+        try:
+            with temporary_beside(path) as temporary:
+                self._body("read", key, lambda: fetch(temporary))
+                replace_durably(temporary, path)
+        except OSError as error:
+            raise explain_os(error, path, "write") from error
+
+    def head(self, key: str) -> ObjectInfo | None:
+        name = self._name(key)
+        try:
+            found = self._client.head_object(Bucket=self._bucket, Key=name)
+        except ClientError as error:
+            if status_of(error) == 404:
+                self._require_bucket()
+                return None
+            raise self._explain(error, "read", key) from error
+        except S3_ERRORS as error:
+            raise self._explain(error, "read", key) from error
+        return ObjectInfo(key, found["ContentLength"], _bare(found["ETag"]), found["LastModified"].timestamp())
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + prefix
+        )
+        turn: Iterator[dict[str, Any]] = iter(pages)
+        while True:
+            page = self._ask("list", prefix, lambda: next(turn, None))
+            if page is None:
+                return
+            for each in page.get("Contents", []):
+                key = each["Key"][len(self._prefix) :]
+                # A key that ends with a slash is a "folder" that a console made; it has no bytes.
+                if not key.endswith("/") and not is_hidden(key.rpartition("/")[2]):
+                    yield ObjectInfo(key, each["Size"], _bare(each["ETag"]), each["LastModified"].timestamp())
+
+    def delete(self, key: str) -> None:
+        name = self._name(key)
+        try:
+            self._ask("delete", key, lambda: self._client.delete_object(Bucket=self._bucket, Key=name))
+        except NotFoundError:
+            return
+
+    def open_input(self, key: str) -> IO[bytes]:
+        """Ranged reads pinned to the version found at opening: IntegrityError once it was overwritten."""
+        info = self.head(key)
+        if info is None:
+            raise NotFoundError(f"no such object: {self._target(key)}")
+        version = info.version
+        raw = RangeStream(lambda start, length: self._range(key, start, length, version), info.size)
+        return io.BufferedReader(raw, 256 << 10)
+
+    @property
+    def _client(self) -> BaseClient:
+        return s3_client()
+
+    def _name(self, key: str) -> str:
+        parts = key.split("/")
+        if any(part in ("", ".", "..") for part in parts) or is_hidden(parts[-1]):
+            raise ValueError(f"bad storage key {key!r}: no empty, '.', '..' or hidden parts")
+        return self._prefix + key
+
+    def _target(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
+    def _explain(self, error: Exception, action: str, key: str):
+        return explain(error, action, self._target(key), self._client.meta.endpoint_url)
+
+    def _ask(self, action: str, key: str, request: Callable[[], T]) -> T:
+        try:
+            return request()
+        except S3_ERRORS as error:
+            raise self._explain(error, action, key) from error
+
+    def _body(self, action: str, key: str, request: Callable[[], T]) -> T:
+        """`request` reads a response's body: a body that breaks off is asked for again, with growing pauses."""
+        for attempt in range(1, _BODY_ATTEMPTS + 1):
+            try:
+                return request()
+            except BROKEN_BODY as error:
+                if attempt == _BODY_ATTEMPTS:
+                    raise self._explain(error, action, key) from error
+                time.sleep(random.uniform(0.1, 0.2) * 2**attempt)
+            except S3_ERRORS as error:
+                raise self._explain(error, action, key) from error
+        raise AssertionError("unreachable")
+
+    def _range(self, key: str, start: int, length: int, version: str | None) -> bytes:
+        if length <= 0:
+            return b""
+        name, span = self._name(key), f"bytes={start}-{start + length - 1}"
+
+        def part() -> bytes:
+            if version is None:
+                return self._client.get_object(Bucket=self._bucket, Key=name, Range=span)["Body"].read()
+            answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=span, IfMatch=f'"{version}"')
+            return answer["Body"].read()
+
+        try:
+            return self._body("read", key, part)
+        except StorageError as error:
+            status = status_of(error.__cause__) if isinstance(error.__cause__, ClientError) else 0
+            if status == 416:  # starts at or past the end
+                return b""
+            if status == 412:
+                raise IntegrityError(
+                    f"{self._target(key)} was overwritten while it was being read (it was at version {version}); "
+                    "nothing read after that was used: run again"
+                ) from error
+            raise
+
+    def _written_by(self, name: str, writer: str) -> str | None:
+        """The version, if this very call wrote it: its first answer was lost and its retry met its own object."""
+        try:
+            found = self._client.head_object(Bucket=self._bucket, Key=name)
+        except ClientError:
+            return None
+        return _bare(found["ETag"]) if found.get("Metadata", {}).get(_WRITER) == writer else None
+
+    def _require_bucket(self) -> None:
+        """A HEAD's 404 does not say whether the object or the whole bucket is missing."""
+        if not self._bucket_seen:
+            require_bucket(self._client, self._bucket)
+            self._bucket_seen = True
+
+
+def require_bucket(client: BaseClient, bucket: str) -> None:
+    """Raises StorageError if the bucket is not there or the keys may not see it."""
+    target, endpoint = f"s3://{bucket}", client.meta.endpoint_url
+    try:
+        client.head_bucket(Bucket=bucket)
+    except S3_ERRORS as error:
+        if isinstance(error, ClientError) and status_of(error) == 404:
+            raise StorageError(
+                f"there is no bucket {bucket!r} at {endpoint}; create it or correct the URI (and AWS_ENDPOINT_URL)"
+            ) from error
+        raise explain(error, "use", target, endpoint) from error
+
+
+def check_s3(uri: str) -> None:
+    """Bucket there, prefix listable, a probe written and deleted. Raises StorageError within about 10 s."""
+    client, (bucket, prefix) = s3_client(quick=True), split_s3(uri)
+    require_bucket(client, bucket)
+    probe = f"{prefix}/{TEMPORARY}check-{uuid.uuid4().hex}".lstrip("/")
+    action = "list"
+    try:
+        client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1)
+        action = "write under"
+        client.put_object(Bucket=bucket, Key=probe, Body=b"probe")
+        action = "delete under"
+        client.delete_object(Bucket=bucket, Key=probe)
+    except S3_ERRORS as error:
+        raise explain(error, action, uri, client.meta.endpoint_url) from error
+
+
+def _bare(etag: str) -> str:
+    return etag.strip('"')
+
+
+def _transfer() -> TransferConfig:
+    return TransferConfig(multipart_threshold=_MULTIPART, multipart_chunksize=16 << 20, max_concurrency=8)

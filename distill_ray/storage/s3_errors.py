@@ -1,0 +1,112 @@
+"""What a failed S3 request means, in words that name the bucket, the endpoint and the remedy. Never a secret."""
+
+from __future__ import annotations
+
+from boto3.exceptions import Boto3Error
+from botocore import exceptions as boto
+from botocore.exceptions import BotoCoreError, ClientError
+
+from distill_ray.errors import DistillError
+from distill_ray.storage.base import NotFoundError, StorageError
+
+# All that a request through boto3 raises of its own.
+S3_ERRORS = (BotoCoreError, ClientError, Boto3Error)
+
+# The response broke off or did not match its checksum after the headers had come: botocore does not retry those.
+BROKEN_BODY = (
+    boto.ResponseStreamingError,
+    boto.IncompleteReadError,
+    boto.ReadTimeoutError,
+    boto.FlexibleChecksumError,
+)
+
+_KEYS_REMEDY = {
+    "InvalidAccessKeyId": "the access key does not exist there: check AWS_ACCESS_KEY_ID (or the profile, or role)",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the session token has expired: log in again, or use a role that refreshes itself",
+    "ExpiredTokenException": "the session token has expired: log in again, or use a role that refreshes itself",
+    "InvalidToken": "the session token is not valid: check AWS_SESSION_TOKEN or log in again",
+    "RequestTimeTooSkewed": "this machine's clock is off by more than 15 minutes: set it by NTP",
+    "AccessDenied": "these keys may not do that: grant s3:GetObject, s3:PutObject, s3:DeleteObject and "
+    "s3:ListBucket on the bucket and prefix",
+}
+
+
+def explain(error: Exception, action: str, target: str, endpoint: str) -> DistillError:
+    """The NotFoundError or StorageError that `error` amounts to.
+
+    Args:
+        error: one of `S3_ERRORS`.
+        action: what was tried, e.g. "read".
+        target: the object's `s3://` URI.
+        endpoint: URL that was asked.
+    """
+    if isinstance(error, Boto3Error):
+        # boto3's transfer manager wraps the request's own error and keeps only its text.
+        inner = error.__cause__ or error.__context__
+        if isinstance(inner, (BotoCoreError, ClientError)):
+            error = inner
+    where = f"cannot {action} {target} at {endpoint}"
+    if isinstance(error, ClientError):
+        return _explain_answer(error, where, target)
+    return StorageError(f"{where}: {_explain_silence(error)}")
+
+
+def status_of(error: ClientError) -> int:
+    """HTTP status of the answer."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def code_of(error: ClientError) -> str:
+    """S3's error code; the bare status where the answer has no body (HEAD)."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _explain_answer(error: ClientError, where: str, target: str) -> DistillError:
+    code, status = code_of(error), status_of(error)
+    attempts = int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)) + 1
+    if code == "NoSuchBucket":
+        bucket = target.removeprefix("s3://").partition("/")[0]
+        return StorageError(
+            f"{where}: there is no bucket {bucket!r}; create it or correct the URI (and AWS_ENDPOINT_URL)"
+        )
+    if status == 404:
+        return NotFoundError(f"no such object: {target}")
+    if code in _KEYS_REMEDY:
+        return StorageError(f"{where}: {code} (HTTP {status}); {_KEYS_REMEDY[code]}")
+    if status in (401, 403):
+        return StorageError(
+            f"{where}: refused with HTTP {status} ({code}); the keys are wrong or may not do that: check "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the profile, or role) and the bucket's policy"
+        )
+    if status in (301, 307, 400) and code in ("301", "307", "PermanentRedirect", "AuthorizationHeaderMalformed"):
+        return StorageError(f"{where}: the bucket is in another region ({code}); set AWS_DEFAULT_REGION to it")
+    if status == 507:
+        return StorageError(f"{where}: the store is full ({code}, HTTP 507); free space there, then run again")
+    message = error.response.get("Error", {}).get("Message", "")
+    return StorageError(
+        f"{where}: {code or 'error'} (HTTP {status}) after {attempts} attempts: {message}; run again when the "
+        "store answers, all finished work is kept"
+    )
+
+
+def _explain_silence(error: Exception) -> str:
+    if isinstance(error, boto.NoCredentialsError):
+        return (
+            "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run under a role"
+        )
+    if isinstance(error, boto.PartialCredentialsError):
+        missing = error.kwargs.get("cred_var", "a part")
+        return f"the credentials are incomplete, {missing} is missing; set it"
+    if isinstance(error, boto.ProfileNotFound):
+        return f"{error}; correct AWS_PROFILE or add the profile to the AWS configuration"
+    if isinstance(error, (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.SSOError)):
+        return f"the credentials could not be refreshed ({type(error).__name__}); log in again or mend the role"
+    if isinstance(error, boto.SSLError):
+        return "the TLS handshake failed; check the endpoint's scheme and AWS_CA_BUNDLE"
+    if isinstance(error, (boto.ConnectionError, boto.HTTPClientError)):
+        return (
+            f"no answer ({type(error).__name__}); check that the endpoint is up and AWS_ENDPOINT_URL is right, "
+            "then run again: all finished work is kept"
+        )
+    return f"{type(error).__name__}: {error}; check the AWS settings, then run again"

