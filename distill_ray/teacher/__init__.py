@@ -1,0 +1,10 @@
+"""The teacher: what turns token ids into target rows. The only home of `import vllm`.
+
+`open_engine` gives the engine the recipe names; both stand behind `Engine`, so capture never knows which one runs.
+Importing this package imports neither torch nor vllm.
+"""
+
+from distill_ray.teacher.engine import DenseEngine, Engine, open_engine, vocabulary_size
+from distill_ray.teacher.weights import weights_identity
+
+__all__ = ["DenseEngine", "Engine", "open_engine", "vocabulary_size", "weights_identity"]

@@ -1,0 +1,138 @@
+"""The engine interface, and the checks that every engine makes before and after it scores a sequence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from distill_ray.config.sections import CaptureSection, TeacherSection
+from distill_ray.errors import CannotCaptureError, UserError
+from distill_ray.schema import TargetRows
+
+
+class Engine(Protocol):
+    """Scores token sequences by teacher forcing. One engine lives in one process."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of ids the softmax runs over."""
+        ...
+
+    def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
+        """Target rows of each sequence, in the given order.
+
+        Args:
+            sequences: [n] int32 token ids each, ragged.
+
+        Returns:
+            For each sequence its N = n − 1 rows, or the reason why this one sequence cannot be scored.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the memory and the processes back. The engine cannot be used again."""
+        ...
+
+
+class DenseEngine(Engine, Protocol):
+    """An engine that can also show the whole distribution."""
+
+    def dense_logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        """[n] token ids → [N, V] float32 log-probabilities of token t+1 given tokens ≤ t."""
+        ...
+
+
+def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens: int) -> Engine:
+    """Load the recipe's teacher in this process (a model in `s3://` is staged to this machine first).
+
+    Args:
+        section: which model, by which engine, how split.
+        capture: what a row holds.
+        window_tokens: most tokens of one sequence.
+
+    Raises:
+        CannotCaptureError: the engine cannot give what `capture` asks for.
+        UserError: the folder is missing or is no model; k exceeds the vocabulary.
+    """
+    from distill_ray.storage import stage_folder
+
+    if section.engine == "vllm" and capture.extra_temperatures:
+        raise CannotCaptureError(
+            f"capture.temperatures={list(capture.temperatures)}: vLLM's public path gives no tail mass at T ≠ 1; "
+            'use teacher.engine = "transformers" or temperatures = [1.0]'
+        )
+    folder = stage_folder(section.model)
+    vocab = vocabulary_size(folder)
+    if capture.top_k > vocab:
+        raise UserError(
+            f"capture.top_k={capture.top_k} exceeds the teacher's vocabulary of {vocab} tokens ({section.model}); "
+            f"use at most {vocab}"
+        )
+    if section.engine == "vllm":
+        from distill_ray.teacher.vllm_engine import VllmEngine
+
+        return VllmEngine(section, capture, window_tokens, folder, vocab)
+    from distill_ray.teacher.transformers_engine import TransformersEngine
+
+    return TransformersEngine(section, capture, window_tokens, folder, vocab)
+
+
+def vocabulary_size(folder: Path) -> int:
+    """V of a Hugging Face model folder: `vocab_size` of its config (of the text model in a composite one).
+
+    This is what the model's softmax runs over. A config may state more rows than the tokenizer has entries (Qwen2.5: 151,665
+    entries, 151,936 or 152,064 rows): those rows are trained like the others and the model does give them probability,
+    so they stay in the softmax, and their mass lies in the tail. Rows that an engine adds beyond the config, to
+    round up a shard, are not of the model and must never be seen.
+
+    Raises:
+        UserError: no `config.json`, or it states no vocabulary.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"teacher folder {folder} has no config.json; teacher.model must name a Hugging Face model folder"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy the model folder again") from None
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int) or size < 2:
+        raise UserError(f"{path} states no usable vocab_size (got {size!r}); it must be a causal language model")
+    return size
+
+
+def refusal(tokens: np.ndarray, vocab_size: int, window_tokens: int) -> str | None:
+    """Why this sequence cannot be scored, or None."""
+    n = len(tokens)
+    if n < 2:
+        return f"{n} token(s): there is no next token to score; at least 2 are needed"
+    if n > window_tokens:
+        return f"{n} tokens exceed the teacher's window of {window_tokens}; split it (corpus.window_tokens)"
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        return f"token id {low if low < 0 else high} lies outside the teacher's vocabulary of {vocab_size}"
+    return None
+
+
+def finite_or_reason(rows: TargetRows) -> TargetRows | str:
+    """The rows, or a reason: a NaN or infinity from the engine must never reach the store.
+
+    Only a tail may be −inf: it is the logarithm of a mass that is exactly zero when all V tokens are kept.
+    """
+    checks = {
+        "kept log-probabilities": np.isfinite(rows.logprobs_NK).all(axis=1),
+        "actual log-probability": np.isfinite(rows.actual_logprob_N),
+        "entropy": np.ones(0, bool) if rows.entropy_N is None else np.isfinite(rows.entropy_N),
+    }
+    tails = {"log tail": rows.log_tail_N} | {f"log tail at T={t}": a for t, a in rows.log_tail_at.items()}
+    checks |= {name: ~(np.isnan(a) | np.isposinf(a)) for name, a in tails.items()}
+    for name, good in checks.items():
+        if not good.all():
+            bad = np.flatnonzero(~good)
+            return f"the teacher gave a non-finite {name} at {len(bad)} of {len(good)} positions, first {bad[0]}"
+    return rows

@@ -1,0 +1,95 @@
+"""What the teacher's weights are, told by content and never by path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from distill_ray.config.sections import TeacherSection
+from distill_ray.errors import UserError
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+_BLOCK = 8 * 2**20
+
+
+def weights_identity(section: TeacherSection, folder: Path) -> dict[str, str]:
+    """The teacher's weights as identity: the stated revision, else the hash of the weight files' content.
+
+    `config.json` is part of it either way: it fixes soft-caps, scales and the real vocabulary. Files are hashed in parallel,
+    and a file seen before (same path, size and modification time) is not read again; that memory lies in the user's
+    cache folder, never beside the model.
+
+    Raises:
+        UserError: the folder holds no weights or no `config.json`.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(
+            f"teacher folder {folder} has no config.json; teacher.model must name a Hugging Face model folder"
+        )
+    identity = {"config": _hash_config(config)}
+    if section.revision is not None:
+        return identity | {"revision": section.revision}
+    files = sorted({p for pattern in _WEIGHTS for p in folder.glob(pattern)})
+    if not files:
+        raise UserError(f"teacher folder {folder} holds no weight files ({', '.join(_WEIGHTS)}); copy the model again")
+    total = hashlib.sha256()
+    for name, digest in zip((f.name for f in files), _hash_files(files), strict=True):
+        total.update(f"{name} {digest}\n".encode())
+    return identity | {"sha256": total.hexdigest()}
+
+
+def _hash_config(path: Path) -> str:
+    """Of the values, not of the layout; the version of the library that wrote them does not count."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy the model folder again") from None
+    values.pop("transformers_version", None)
+    values.pop("_name_or_path", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_files(files: list[Path]) -> list[str]:
+    cache_path = _cache_path()
+    cache = _read_cache(cache_path)
+    keys = [f"{f.resolve()}|{f.stat().st_size}|{f.stat().st_mtime_ns}" for f in files]
+    missing = [(key, f) for key, f in zip(keys, files, strict=True) if key not in cache]
+    if missing:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = pool.map(lambda item: _sha256(item[1]), missing)
+            cache |= {key: digest for (key, _), digest in zip(missing, digests, strict=True)}
+        _write_cache(cache_path, cache)
+    return [cache[key] for key in keys]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _cache_path() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "distill-ray" / "weights.json"
+
+
+def _read_cache(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):  # half-written by another program: hashing again costs only time
+        return {}
+
+
+def _write_cache(path: Path, cache: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".weights-")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        json.dump(cache, stream)
+    Path(name).replace(path)
