@@ -1,0 +1,306 @@
+"""Reading target objects back: whole, or the row groups of a few sequences; nothing unverified is handed out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill_ray.codec import at_temperature, decode, row_bytes
+from distill_ray.errors import IntegrityError, UserError
+from distill_ray.schema import DeadLetter, SourceSlice, TargetRows, Unit, UnitSummary
+from distill_ray.storage.base import NotFoundError, Storage
+from distill_ray.targets.container import MAGIC, REMEDY, Fetch, Region, Window, check_region, open_sealed
+from distill_ray.targets.identity import CaptureIdentity, fingerprint_of, unit_key
+from distill_ray.targets.layout import METADATA_KEY, SCHEMA_VERSION, StoredSequence, checksum, from_table
+
+
+@dataclass(frozen=True)
+class UnitInfo:
+    """The checked footer of a target object."""
+
+    identity: CaptureIdentity
+    unit: Unit
+    sequences: int
+    rows: int
+    kept_mass_sum: float
+    dead: tuple[DeadLetter, ...]
+    regions: tuple[Region, ...]
+
+
+def decode_rows(identity: CaptureIdentity, stored: StoredSequence, temperature: float = 1.0) -> TargetRows:
+    """Unpack one sequence's rows.
+
+    Args:
+        identity: the capture the sequence belongs to.
+        stored: one sequence as read.
+        temperature: `logprobs_NK` and `log_tail_N` are those of softmax(z / T), exact in the tail. The actual token's
+            log-probability, the entropy and `log_tail_at` are as stored, whatever T.
+
+    Raises:
+        UserError: T was not captured; nothing stands in for its normaliser.
+    """
+    if temperature not in identity.temperatures:
+        raise UserError(
+            f"temperature {temperature} was not captured (captured: {list(identity.temperatures)}); the tail mass at T "
+            f"cannot be known from the kept tokens: add {temperature} to capture.temperatures and capture again"
+        )
+    ids_NK, logprobs_NK, log_tail_N = decode(stored.packed_NB, identity.top_k, identity.vocab_size)
+    tails = {t: v.astype(np.float32) for t, v in stored.log_tail_at.items()}
+    if temperature != 1.0:
+        log_tail_N = tails[temperature]
+        logprobs_NK = at_temperature(logprobs_NK, log_tail_N, temperature)
+    return TargetRows(
+        ids_NK=ids_NK,
+        logprobs_NK=logprobs_NK,
+        log_tail_N=log_tail_N,
+        actual_logprob_N=stored.actual_logprob_N.astype(np.float32),
+        actual_rank_N=stored.actual_rank_N,
+        entropy_N=None if stored.entropy_N is None else stored.entropy_N.astype(np.float32),
+        log_tail_at=tails,
+    )
+
+
+class UnitReader:
+    """Sequences of one target object, read by range: only the row groups that hold them are fetched and verified."""
+
+    def __init__(self, size: int, fetch: Fetch, fingerprint: str, unit: str, where: str) -> None:
+        """Fetches and checks the footer.
+
+        Args:
+            size: bytes of the object.
+            fetch: reads ranges of it.
+            fingerprint: the capture the object must belong to.
+            unit: the unit it must hold.
+            where: its name for messages.
+
+        Raises:
+            IntegrityError: truncated, altered, or of another capture or unit.
+        """
+        self._fetch, self._where = fetch, where
+        footer, sealed = open_sealed(size, fetch, where)
+        self._window = Window(size)
+        self._file, self.info = _open_parquet(footer, self._window, sealed, where)
+        _check_identity(self.info, fingerprint, unit, where)
+        groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
+        self._first = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
+
+    @property
+    def identity(self) -> CaptureIdentity:
+        return self.info.identity
+
+    @property
+    def dead(self) -> tuple[DeadLetter, ...]:
+        """Documents and sequences of the unit that failed."""
+        return self.info.dead
+
+    def __len__(self) -> int:
+        return self.info.sequences
+
+    def sequences(self, start: int, stop: int) -> list[StoredSequence]:
+        """Sequences start … stop − 1, verified.
+
+        Raises:
+            IntegrityError: altered bytes, or a sequence whose checksum is not its own.
+            IndexError: outside 0 … len(self).
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"sequences {start}…{stop} of {self._where}, which holds {len(self)}")
+        if start == stop:
+            return []
+        first = int(np.searchsorted(self._first, start, side="right")) - 1
+        last = int(np.searchsorted(self._first, stop, side="left"))
+        regions = self.info.regions[first:last]
+        data = memoryview(self._fetch(regions[0].start, regions[-1].stop - regions[0].start))
+        found: list[StoredSequence] = []
+        for g, region in enumerate(regions, start=first):
+            part = data[region.start - regions[0].start : region.stop - regions[0].start]
+            found += self._group(g, region, part)
+        return found[start - self._first[first] : stop - self._first[first]]
+
+    def rows(self, i: int, temperature: float = 1.0) -> TargetRows:
+        """Decoded rows of sequence i; see `decode_rows`."""
+        return decode_rows(self.identity, self.sequences(i, i + 1)[0], temperature)
+
+    def _group(self, g: int, region: Region, part: memoryview) -> list[StoredSequence]:
+        identity = self.identity
+        check_region(part, region, f"{self._where}, row group {g}")
+        self._window.add(region.start, part)
+        try:
+            table = self._file.read_row_group(g, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise IntegrityError(f"{self._where}, row group {g}: {error}; {REMEDY}") from error
+        finally:
+            self._window.drop(region.start)
+        found = from_table(table, row_bytes(identity.top_k, identity.vocab_size), identity.extra_temperatures)
+        sums = table.column("checksum").to_pylist()
+        for i, (s, want) in enumerate(zip(found, sums, strict=True), start=int(self._first[g])):
+            if (got := checksum(identity.fingerprint, self.info.unit.hash, i, s)) != want:
+                raise IntegrityError(
+                    f"{self._where}, sequence {i}: checksum {got.hex()}, stored {want.hex()}: not the sequence that "
+                    f"was written there; {REMEDY}"
+                )
+        return found
+
+
+class UnitTargets:
+    """One target object read whole, every byte verified."""
+
+    def __init__(self, data: bytes, fingerprint: str, unit: str, where: str) -> None:
+        """Raises IntegrityError: truncated, altered, or of another capture or unit."""
+        view = memoryview(data)
+        if data[: len(MAGIC)] != MAGIC:
+            raise IntegrityError(f"{where}: starts with {data[:4]!r}, not {MAGIC!r}: not a target object; {REMEDY}")
+        reader = UnitReader(len(data), lambda start, n: view[start : start + n], fingerprint, unit, where)
+        self.info = reader.info
+        self._data = data
+        self._sequences = reader.sequences(0, len(reader))
+        if (rows := sum(len(s.packed_NB) for s in self._sequences)) != self.info.rows:
+            raise IntegrityError(f"{where}: {rows} rows, its footer says {self.info.rows}; {REMEDY}")
+
+    @property
+    def identity(self) -> CaptureIdentity:
+        return self.info.identity
+
+    @property
+    def dead(self) -> tuple[DeadLetter, ...]:
+        """Documents and sequences of the unit that failed."""
+        return self.info.dead
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def sequence(self, i: int) -> StoredSequence:
+        """Sequence i, still packed."""
+        return self._sequences[i]
+
+    def rows(self, i: int, temperature: float = 1.0) -> TargetRows:
+        """Decoded rows of sequence i; see `decode_rows`."""
+        return decode_rows(self.identity, self._sequences[i], temperature)
+
+    def summary(self) -> UnitSummary:
+        """What the index keeps of the unit; `teacher_seconds` is not in the object and reads 0."""
+        return UnitSummary(
+            unit=self.info.unit.hash,
+            lengths=np.array([len(s.tokens) for s in self._sequences], np.int32),
+            supervised=np.array([s.loss_mask.sum() for s in self._sequences], np.int32),
+            doc_keys=np.array([s.doc_key for s in self._sequences], np.uint64),
+            object_bytes=len(self._data),
+            object_sha256=hashlib.sha256(self._data).hexdigest(),
+            kept_mass_sum=self.info.kept_mass_sum,
+            dead=len(self.info.dead),
+            teacher_seconds=0.0,
+        )
+
+
+def _open_parquet(footer: bytes, window: Window, sealed: int, where: str) -> tuple[pq.ParquetFile, UnitInfo]:
+    """The one place where pyarrow's and JSON's own errors about a footer become ours."""
+    try:
+        parsed = pq.read_metadata(pa.BufferReader(footer))
+        metadata = json.loads((parsed.metadata or {})[METADATA_KEY])
+        # Given its metadata, pyarrow reads nothing of the window but the row groups asked for.
+        file = pq.ParquetFile(window, metadata=parsed, pre_buffer=False)
+        return file, _info(metadata, file.num_row_groups, sealed, where)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{where}: its footer cannot be read ({type(error).__name__}: {error}); {REMEDY}"
+        ) from error
+
+
+def _info(metadata: dict[str, Any], row_groups: int, sealed: int, where: str) -> UnitInfo:
+    if metadata["schema_version"] != SCHEMA_VERSION:
+        raise IntegrityError(
+            f"{where}: schema version {metadata['schema_version']}, this program reads {SCHEMA_VERSION}; use the "
+            "version of distill_ray that wrote it, or capture again"
+        )
+    unit = dict(metadata["unit"])
+    source = SourceSlice(**unit.pop("source"))
+    ends = [len(MAGIC), *(end for end, _ in metadata["row_groups"])]
+    if len(ends) != row_groups + 1 or ends[-1] != sealed:
+        raise IntegrityError(f"{where}: digests of {len(ends) - 1} row groups for {row_groups}; {REMEDY}")
+    regions = [
+        Region(start, end, digest) for start, (end, digest) in zip(ends[:-1], metadata["row_groups"], strict=True)
+    ]
+    return UnitInfo(
+        identity=CaptureIdentity.from_dict(metadata["identity"]),
+        unit=Unit(source=source, **unit),
+        sequences=metadata["sequences"],
+        rows=metadata["rows"],
+        kept_mass_sum=metadata["kept_mass_sum"],
+        dead=tuple(DeadLetter(**d) for d in metadata["dead"]),
+        regions=tuple(regions),
+    )
+
+
+def _check_identity(info: UnitInfo, fingerprint: str, unit: str, where: str) -> None:
+    if info.identity.fingerprint != fingerprint:
+        teacher = json.dumps(dict(info.identity.teacher), sort_keys=True)
+        raise IntegrityError(
+            f"{where}: holds targets of capture {info.identity.fingerprint} (teacher {teacher}, "
+            f"k={info.identity.top_k}), not of {fingerprint}: targets of two teachers must not be mixed; {REMEDY}"
+        )
+    if info.unit.hash != unit:
+        raise IntegrityError(f"{where}: holds unit {info.unit.hash} of {info.unit.source.uri}, not {unit}; {REMEDY}")
+
+
+def read_unit(
+    storage: Storage, capture: CaptureIdentity | str, unit: str, *, expect_sha256: str | None = None
+) -> UnitTargets:
+    """Read one unit's object whole and verify every byte of it.
+
+    Args:
+        storage: the store that holds `targets/`.
+        capture: identity, or its fingerprint.
+        unit: unit hash.
+        expect_sha256: of the whole object, where the index or a manifest states it.
+
+    Raises:
+        NotFoundError: no such object.
+        IntegrityError: truncated, altered, of another capture or unit, or not the object that was recorded.
+    """
+    key = unit_key(capture, unit)
+    data = storage.get(key)
+    where = f"{storage.uri}/{key}"
+    if expect_sha256 is not None and (got := hashlib.sha256(data).hexdigest()) != expect_sha256:
+        # An honest parse says more about what is wrong than the digest does.
+        UnitTargets(data, fingerprint_of(capture), unit, where)
+        raise IntegrityError(
+            f"{where}: SHA-256 {got}, recorded {expect_sha256}: whole, but captured again since it was recorded; run "
+            "capture again to record it anew"
+        )
+    return UnitTargets(data, fingerprint_of(capture), unit, where)
+
+
+def open_unit(
+    storage: Storage, capture: CaptureIdentity | str, unit: str, *, object_bytes: int | None = None
+) -> UnitReader:
+    """Open one unit's object for range reads; fetches its footer only.
+
+    Args:
+        storage: the store that holds `targets/`.
+        capture: identity, or its fingerprint.
+        unit: unit hash.
+        object_bytes: size of the object where a manifest states it; saves one request and catches truncation.
+
+    Raises:
+        NotFoundError: no such object.
+        IntegrityError: truncated, altered, or of another capture or unit.
+    """
+    key = unit_key(capture, unit)
+    if object_bytes is None:
+        found = storage.head(key)
+        if found is None:
+            raise NotFoundError(f"{storage.uri}/{key} does not exist; run capture")
+        object_bytes = found.size
+    return UnitReader(
+        object_bytes,
+        lambda start, length: storage.get_range(key, start, length),
+        fingerprint_of(capture),
+        unit,
+        f"{storage.uri}/{key}",
+    )

@@ -1,0 +1,147 @@
+"""Checks on the teacher's rows before they are stored; afterwards nobody can tell a shifted row from a poor teacher."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distill_ray.codec import LOG_FLOOR
+from distill_ray.errors import IntegrityError
+from distill_ray.schema import Sequence, TargetRows
+from distill_ray.targets.identity import CaptureIdentity
+
+TOLERANCE = 1e-3
+"""Largest accepted |kept + tail − 1|, and |Δ log p| in nats between two statements of one log-probability."""
+
+
+def check_sequence(identity: CaptureIdentity, sequence: Sequence) -> None:
+    """Token ids and mask of one sequence.
+
+    Raises:
+        IntegrityError: empty, ids outside the vocabulary, or a mask that does not fit.
+    """
+    tokens, mask = sequence.tokens, sequence.loss_mask
+    if tokens.ndim != 1 or len(tokens) < 1:
+        raise IntegrityError(f"tokens have shape {tokens.shape}; a sequence needs at least one token")
+    if tokens.min() < 0 or tokens.max() >= identity.vocab_size:
+        at = int(np.flatnonzero((tokens < 0) | (tokens >= identity.vocab_size))[0])
+        raise IntegrityError(
+            f"token {at} has id {tokens[at]}, outside 0 … {identity.vocab_size - 1}; "
+            "the corpus was tokenised with another vocabulary than the teacher's"
+        )
+    if mask.shape != tokens.shape or mask.dtype != np.bool_ or mask[0]:
+        raise IntegrityError(
+            f"loss mask is {mask.dtype} {mask.shape} with entry 0 {bool(mask[0]) if mask.size else None} for "
+            f"{len(tokens)} tokens; it needs one bool a token, and nothing predicts token 0"
+        )
+
+
+def check_rows(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) -> np.ndarray:
+    """Shapes, mass and alignment of one sequence's rows. Order, duplicates and id range are the codec's checks.
+
+    Args:
+        identity: gives K, V and the temperatures.
+        tokens: [n] ids of the sequence.
+        rows: [N, K] with N = n − 1; row t speaks of token t + 1.
+
+    Returns:
+        kept_N float64, the kept mass of each row.
+
+    Raises:
+        IntegrityError: names the row, the numbers and what they mean.
+    """
+    _check_shapes(identity, len(tokens), rows)
+    _check_finite(rows)
+    kept_N = np.exp(rows.logprobs_NK.astype(np.float64)).sum(axis=1)
+    total_N = kept_N + np.exp(rows.log_tail_N.astype(np.float64))
+    _refuse(
+        ~(np.abs(total_N - 1) <= TOLERANCE),
+        lambda t: f"kept mass {kept_N[t]:.6f} + tail {np.exp(rows.log_tail_N[t]):.6f} = {total_N[t]:.6f}, not 1 within "
+        f"{TOLERANCE}; the log-probabilities are not normalised over the real vocabulary",
+    )
+    for temperature, tail_N in rows.log_tail_at.items():
+        _refuse(
+            ~(tail_N <= TOLERANCE),
+            lambda t, v=tail_N, T=temperature: f"log tail mass at T={T} is {v[t]}, not a log mass (≤ 0)",
+        )
+    _check_actual(identity, tokens[1:], rows)
+    return kept_N
+
+
+def _refuse(bad_N: np.ndarray, say) -> None:
+    if bad_N.any():
+        row = int(np.argmax(bad_N))
+        raise IntegrityError(f"row {row}: {say(row)}")
+
+
+def _check_shapes(identity: CaptureIdentity, n: int, rows: TargetRows) -> None:
+    shape = rows.ids_NK.shape
+    if shape != (n - 1, identity.top_k):
+        raise IntegrityError(
+            f"rows have shape {shape}, {n} tokens at top_k={identity.top_k} need {(n - 1, identity.top_k)}; "
+            "the engine dropped or added positions"
+        )
+    columns = {
+        "logprobs": (rows.logprobs_NK, shape),
+        "log tail": (rows.log_tail_N, shape[:1]),
+        "actual logprob": (rows.actual_logprob_N, shape[:1]),
+        "actual rank": (rows.actual_rank_N, shape[:1]),
+        **{f"log tail at T={t}": (v, shape[:1]) for t, v in rows.log_tail_at.items()},
+    }
+    if rows.entropy_N is not None:
+        columns["entropy"] = (rows.entropy_N, shape[:1])
+    for name, (array, want) in columns.items():
+        if array.shape != want:
+            raise IntegrityError(f"{name} has shape {array.shape}, the ids need {want}")
+    if tuple(sorted(rows.log_tail_at)) != identity.extra_temperatures:
+        raise IntegrityError(
+            f"rows hold log tails at T={sorted(rows.log_tail_at)}, the capture needs "
+            f"{list(identity.extra_temperatures)}; nothing can stand in for a missing normaliser"
+        )
+
+
+def _check_finite(rows: TargetRows) -> None:
+    _refuse(np.isnan(rows.logprobs_NK).any(axis=1), lambda t: "a kept logprob is NaN; the engine's output is broken")
+    _refuse(
+        np.isnan(rows.actual_logprob_N) | (rows.actual_logprob_N > TOLERANCE),
+        lambda t: f"actual logprob is {rows.actual_logprob_N[t]}, not a log-probability",
+    )
+    entropy_N = rows.entropy_N
+    if entropy_N is not None:
+        _refuse(
+            ~(np.isfinite(entropy_N) & (entropy_N >= -TOLERANCE)),
+            lambda t: f"entropy is {entropy_N[t]} nats, not a finite number ≥ 0",
+        )
+
+
+def _check_actual(identity: CaptureIdentity, next_N: np.ndarray, rows: TargetRows) -> None:
+    """Rows, actual tokens and ranks must speak of the same position; a shift by one fails almost every row."""
+    rank_N = rows.actual_rank_N.astype(np.int64)
+    _refuse(
+        (rank_N < 1) | (rank_N > identity.vocab_size),
+        lambda t: f"actual rank {rank_N[t]} is outside 1 … {identity.vocab_size}",
+    )
+    actual_N = np.maximum(rows.actual_logprob_N, LOG_FLOOR)
+    kept_NK = np.maximum(rows.logprobs_NK, LOG_FLOOR)
+    is_next_NK = rows.ids_NK == next_N[:, None]
+    is_kept_N = is_next_NK.any(axis=1)
+    at_N = is_next_NK.argmax(axis=1)
+    row_N = np.arange(len(next_N))
+    _refuse(
+        is_kept_N & ~(np.abs(kept_NK[row_N, at_N] - actual_N) <= TOLERANCE),
+        lambda t: f"actual logprob {actual_N[t]:.4f} of token {next_N[t]}, but the row gives that token "
+        f"{kept_NK[t, at_N[t]]:.4f} (rank {at_N[t] + 1}); rows and tokens are shifted against each other",
+    )
+    # Ties (common in bfloat16) may be ranked either way round, so the rank is judged by its log-probability.
+    k = identity.top_k
+    at_rank_N = kept_NK[row_N, np.minimum(rank_N, k) - 1]
+    agrees_N = np.where(rank_N <= k, np.abs(at_rank_N - actual_N) <= TOLERANCE, actual_N <= at_rank_N + TOLERANCE)
+    _refuse(
+        ~agrees_N,
+        lambda t: f"actual rank {rank_N[t]} with logprob {actual_N[t]:.4f} disagrees with the row "
+        f"({at_rank_N[t]:.4f} at rank {min(rank_N[t], k)}); rows and tokens are shifted against each other",
+    )
+    _refuse(
+        ~is_kept_N & ((actual_N > kept_NK[:, -1] + TOLERANCE) | (np.exp(actual_N) > np.exp(rows.log_tail_N) + TOLERANCE)),
+        lambda t: f"token {next_N[t]} is not kept, but its logprob {actual_N[t]:.4f} is above the last kept one "
+        f"({kept_NK[t, -1]:.4f}) or the log tail mass ({rows.log_tail_N[t]:.4f}); rows and tokens are shifted",
+    )
