@@ -24,6 +24,8 @@ class SourceSlice:
     kind: str
     start: int
     stop: int
+    version: str = ""
+    """Version of the object when it was planned; a reader that meets another one refuses. Empty: not checked."""
 
 
 @dataclass(frozen=True)

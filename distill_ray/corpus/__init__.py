@@ -1,0 +1,17 @@
+"""The corpus: source objects → stable units → documents → token sequences with their supervision.
+
+Units never depend on where a source lies, and documents fail alone: a bad one becomes a dead letter.
+"""
+
+from distill_ray.corpus.reading import held_out, read_unit_sequences
+from distill_ray.corpus.tokenizers import load_tokenizer, same_tokenizer, tokenizer_identity
+from distill_ray.corpus.units import plan_units
+
+__all__ = [
+    "held_out",
+    "load_tokenizer",
+    "plan_units",
+    "read_unit_sequences",
+    "same_tokenizer",
+    "tokenizer_identity",
+]

@@ -1,0 +1,187 @@
+"""What a source object is made of: containers, decompression, and records cut out of a byte range."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Protocol
+
+from distill_ray.errors import UserError
+from distill_ray.storage import Storage, open_storage, split_uri
+
+CONTAINERS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonl.gz": "jsonl.gz",
+    ".ndjson.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst",
+    ".ndjson.zst": "jsonl.zst",
+    ".parquet": "parquet",
+    ".txt": "txt",
+}
+PIECE_BYTES = 4 * 2**20
+"""Stored bytes of one ranged read."""
+_FEED_BYTES = 256 * 2**10
+"""Compressed bytes fed at once: a high ratio must not turn one ranged read into gigabytes."""
+
+
+def container_of(uri: str) -> str:
+    """The container that the extension names.
+
+    Raises:
+        UserError: the extension is not a known one.
+    """
+    name = uri.rpartition("/")[2].lower()
+    for extension, container in CONTAINERS.items():
+        if name.endswith(extension):
+            return container
+    raise UserError(
+        f"corpus source {uri}: its extension names no known format; use one of {', '.join(CONTAINERS)} "
+        "or narrow the glob in corpus.sources"
+    )
+
+
+@lru_cache(maxsize=256)
+def _store(folder: str) -> Storage:
+    return open_storage(folder)
+
+
+def locate(uri: str) -> tuple[Storage, str]:
+    """The store and key of one source object."""
+    folder, key = split_uri(uri)
+    return _store(folder), key
+
+
+def stored_pieces(uri: str, start: int, size: int) -> Iterator[bytes]:
+    """The stored bytes [start, size) of an object, in pieces.
+
+    Raises:
+        UserError: the object ends before `size`; it was replaced while it was read.
+    """
+    store, key = locate(uri)
+    while start < size:
+        piece = store.get_range(key, start, min(PIECE_BYTES, size - start))
+        if not piece:
+            raise UserError(
+                f"corpus source {uri} ended at byte {start:,} of {size:,}: it changed while it was read; run again"
+            )
+        start += len(piece)
+        yield piece
+
+
+class _OneStream(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+class Decompressor:
+    """Bytes of concatenated gzip members or zstd frames; the identity for plain containers.
+
+    zstandard's own stream reader takes a truncated file for a short one, without an error: hence one object a frame,
+    and its `eof`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._kind = container_of(uri).rpartition(".")[2]
+        self._stream: _OneStream | None = None
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Uncompressed pieces of the next stored bytes. Raises UserError where they are damaged."""
+        import zstandard
+
+        if self._kind not in ("gz", "zst"):
+            yield data
+            return
+        for start in range(0, len(data), _FEED_BYTES):
+            try:
+                yield self._feed(data[start : start + _FEED_BYTES])
+            except (zlib.error, zstandard.ZstdError) as error:
+                raise UserError(f"corpus source {self._uri} is damaged: {error}; make it again") from None
+
+    def _feed(self, data: bytes) -> bytes:
+        found = []
+        while data:
+            if self._stream is None:
+                # Tools that write to tape blocks pad a gzip file with zeros.
+                data = data.lstrip(b"\0") if self._kind == "gz" else data
+                if not data:
+                    break
+                self._stream = self._open()
+            found.append(self._stream.decompress(data))
+            data = b""
+            if self._stream.eof:
+                data, self._stream = self._stream.unused_data, None
+        return b"".join(found)
+
+    def _open(self) -> _OneStream:
+        if self._kind == "gz":
+            return zlib.decompressobj(wbits=31)
+        import zstandard
+
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+    def finish(self) -> None:
+        """Raises UserError where the last member or frame is cut off."""
+        if self._stream is not None:
+            raise UserError(
+                f"corpus source {self._uri} is truncated: its last {self._kind} stream has no end; upload it again"
+            )
+
+
+def uncompressed_pieces(uri: str, size: int, start: int = 0) -> Iterator[bytes]:
+    """Uncompressed bytes of a source from offset `start` to its end.
+
+    A compressed source is decompressed from its beginning: reading all U units of one costs U/2 passes over it.
+    """
+    decompressor = Decompressor(uri)
+    if container_of(uri) in ("jsonl", "txt"):
+        yield from stored_pieces(uri, start, size)
+        return
+    skip = start
+    for stored in stored_pieces(uri, 0, size):
+        for piece in decompressor.feed(stored):
+            if len(piece) <= skip:
+                skip -= len(piece)
+                continue
+            yield piece[skip:]
+            skip = 0
+    decompressor.finish()
+
+
+def read_lines(uri: str, size: int, start: int, stop: int) -> list[bytes]:
+    """The lines whose first byte lies in [start, stop) of the uncompressed bytes, without their line ends.
+
+    Args:
+        uri: a JSONL source.
+        size: its stored bytes.
+        start: first byte of the range.
+        stop: one past its last byte; the last line is read to its own end, wherever that lies.
+    """
+    if start >= stop:
+        return []
+    begin = max(0, start - 1)  # The byte before tells whether a line begins at `start`.
+    buffer, whole = bytearray(), False
+    for piece in uncompressed_pieces(uri, size, begin):
+        seen = len(buffer)
+        buffer += piece
+        # Searched from what is new, so that one line of many megabytes stays linear.
+        end = buffer.find(b"\n", max(seen, stop - 1 - begin))
+        if end >= 0:
+            del buffer[end:]
+            whole = True
+            break
+    data = bytes(buffer)
+    if start > 0:
+        first = data.find(b"\n")
+        if first < 0 or begin + first + 1 >= stop:
+            return []
+        data = data[first + 1 :]
+    lines = data.split(b"\n")
+    if not whole and not lines[-1]:
+        lines.pop()  # What follows the last newline of the source is no line.
+    return lines

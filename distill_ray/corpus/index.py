@@ -1,0 +1,140 @@
+"""What planning needs of one source object, read once and cached in the root storage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distill_ray.config import fingerprint
+from distill_ray.corpus.containers import Decompressor, container_of, locate, stored_pieces
+from distill_ray.errors import UserError
+from distill_ray.storage import NotFoundError, ObjectInfo, Storage
+
+CACHE_PREFIX = "cache/sources/"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SourceIndex:
+    """One source object: its content identity and where it can be cut."""
+
+    sha256: str
+    """Of the stored bytes, hex."""
+    raw_bytes: int
+    """Bytes before compression."""
+    columns: list[str] | None
+    """Keys of the first record, or columns of the schema; None where the first line is no JSON object, and for text."""
+    cuts: list[int]
+    """JSONL: first byte of each slice, every one the beginning of a line; the last slice ends at `raw_bytes`."""
+    groups: list[int]
+    """Parquet: uncompressed bytes of each row group."""
+
+
+class _LineScanner:
+    """Finds in one pass the first line start at or after each multiple of `unit_bytes`, and the first line."""
+
+    def __init__(self, unit_bytes: int) -> None:
+        self._unit = unit_bytes
+        self._want = unit_bytes
+        self._first: bytearray | None = bytearray()
+        self.cuts: list[int] = []
+        self.raw_bytes = 0
+        self.first_line = b""
+
+    def feed(self, piece: bytes) -> None:
+        if piece and not self.raw_bytes:
+            self.cuts.append(0)
+        while (newline := piece.find(b"\n", max(0, self._want - 1 - self.raw_bytes))) >= 0:
+            cut = self.raw_bytes + newline + 1
+            self.cuts.append(cut)
+            self._want = (cut // self._unit + 1) * self._unit
+        self.raw_bytes += len(piece)
+        if self._first is not None:
+            end = piece.find(b"\n")
+            self._first += piece if end < 0 else piece[:end]
+            if end >= 0:
+                self.first_line, self._first = bytes(self._first), None
+
+    def finish(self) -> None:
+        if self._first is not None:
+            self.first_line = bytes(self._first)
+        if self.cuts and self.cuts[-1] == self.raw_bytes:
+            self.cuts.pop()
+
+
+def _columns_of_line(line: bytes) -> list[str] | None:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except ValueError:
+        return None
+    return list(record) if isinstance(record, dict) else None
+
+
+def _parquet_layout(uri: str) -> tuple[list[str], list[int]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    store, key = locate(uri)
+    with store.open_input(key) as stream:
+        try:
+            parquet = pq.ParquetFile(stream)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"corpus source {uri} is not a whole Parquet file: {error}; upload it again") from None
+        meta = parquet.metadata
+        groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+        return list(parquet.schema_arrow.names), groups
+
+
+def _read(uri: str, info: ObjectInfo, unit_bytes: int) -> SourceIndex:
+    digest = hashlib.sha256()
+    container = container_of(uri)
+    if container in ("parquet", "txt"):
+        for stored in stored_pieces(uri, 0, info.size):
+            digest.update(stored)
+        columns, groups = _parquet_layout(uri) if container == "parquet" else (None, [])
+        return SourceIndex(digest.hexdigest(), sum(groups) or info.size, columns, [], groups)
+    decompressor, scanner = Decompressor(uri), _LineScanner(unit_bytes)
+    for stored in stored_pieces(uri, 0, info.size):
+        digest.update(stored)
+        for piece in decompressor.feed(stored):
+            scanner.feed(piece)
+    decompressor.finish()
+    scanner.finish()
+    columns = _columns_of_line(scanner.first_line)
+    return SourceIndex(digest.hexdigest(), scanner.raw_bytes, columns, scanner.cuts, [])
+
+
+def _cache_key(uri: str, info: ObjectInfo) -> str:
+    return f"{CACHE_PREFIX}{fingerprint({'uri': uri, 'version': info.version, 'size': info.size})}.json"
+
+
+def _cached(cache: Storage, key: str, about: dict[str, Any]) -> SourceIndex | None:
+    try:
+        stored = json.loads(cache.get(key))
+        if stored["about"] == about:
+            return SourceIndex(**stored["index"])
+    except NotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        pass  # A cache entry of another shape is only a miss: the source itself is at hand.
+    return None
+
+
+def index_source(uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage | None) -> SourceIndex:
+    """The index of one source, from the cache where (uri, version, size) is known, else read in one pass.
+
+    Raises:
+        UserError: the source is damaged, or changed while it was read.
+    """
+    about: dict[str, Any] = {"format": _FORMAT, "uri": uri, "version": info.version, "size": info.size}
+    if container_of(uri).startswith("jsonl"):
+        about["unit_bytes"] = unit_bytes
+    key = _cache_key(uri, info)
+    found = _cached(cache, key, about) if cache else None
+    if found is None:
+        found = _read(uri, info, unit_bytes)
+        if cache:
+            cache.put(key, json.dumps({"about": about, "index": asdict(found)}).encode())
+    return found

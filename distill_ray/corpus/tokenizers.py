@@ -1,0 +1,155 @@
+"""Tokenizers: loading, identity, and whether two give the same ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_ray.config import fingerprint
+from distill_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBES = (
+    "The quick brown fox, 1234567890 times; don't stop.",
+    " leading and trailing  \n\n\ttabs\r\nand   runs of    spaces ",
+    "CamelCase snake_case x=10**-3; if (a[i] != b) { return ~0x7f; } // 2026-11-22",
+    "naïve café, e\u0301 and é, ﬁ ligature, Ⅳ, ½, ＦＵＬＬ width, İstanbul ẞ",
+    "Ελληνικά, русский, עברית, العربية, हिन्दी, ไทย, 日本語の文、한국어",
+    "👩‍👩‍👧 flags 🇫🇷, zero\u200bwidth, nbsp\u00a0, \u2028 line, \ufffd",
+    "x",
+    "<s> </s> <|endoftext|> <|im_start|>user\nhi<|im_end|> [INST] <pad>",
+)
+"""Texts on which normalisers, pre-tokenizers and added special tokens are known to differ."""
+
+_SHOWN = 5
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder on this machine; nothing is fetched.
+
+    Raises:
+        UserError: the folder is missing, holds no tokenizer, or none that gives character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"no tokenizer could be loaded from {folder} (it holds {held}): {first}; add tokenizer.json"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {folder} is a {type(tokenizer).__name__} without tokenizer.json; "
+            "convert it to a fast one"
+        )
+    return tokenizer
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What of the backend's JSON decides ids, in one canonical form.
+
+    Left out: truncation and padding, which are state of the last call, and the decoder, which makes text of ids.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    model = parts["model"]
+    if "merges" in model:
+        # Older files write "a b", newer ones ["a", "b"].
+        model["merges"] = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
+    return {
+        "model": model,
+        "added": sorted(parts["added_tokens"], key=lambda token: token["id"]),
+        "normalizer": parts["normalizer"],
+        "pre_tokenizer": parts["pre_tokenizer"],
+        "post_processor": parts["post_processor"],
+    }
+
+
+def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return [list(tokenizer(text)["input_ids"]) for text in PROBES]
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """32 hex digits over all that decides token ids: vocabulary, merges, normaliser, special tokens, chat template.
+
+    Independent of file names, of the order of keys, of the process, and of how many rows a model's embedding has.
+    """
+    return fingerprint(
+        {
+            **_backend(tokenizer),
+            "vocab": tokenizer.get_vocab(),
+            "special": {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id},
+            "template": tokenizer.chat_template,
+            # What Python code around the backend adds or changes shows only in what comes out.
+            "probes": _probe_ids(tokenizer),
+        }
+    )
+
+
+def _vocab_problem(ours: dict[str, int], theirs: dict[str, int]) -> str | None:
+    differing = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
+    if not differing:
+        return None
+    high = len(ours) + len(theirs)
+    differing.sort(key=lambda t: (min(ours.get(t, high), theirs.get(t, high)), t))
+    shown = ", ".join(
+        f"{token!r} {ours.get(token, 'none')} against {theirs.get(token, 'none')}" for token in differing[:_SHOWN]
+    )
+    return (
+        f"{len(ours):,} tokens against {len(theirs):,}, {len(differing):,} of them with another id or missing; "
+        f"first: {shown}"
+    )
+
+
+def _behaviour_problem(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    ours, theirs = _backend(a), _backend(b)
+    merges, others = ours["model"].get("merges", []), theirs["model"].get("merges", [])
+    if merges != others:
+        at = next((i for i, (x, y) in enumerate(zip(merges, others, strict=False)) if x != y), None)
+        at = min(len(merges), len(others)) if at is None else at
+        return f"{len(merges):,} merges against {len(others):,}, the first difference at merge {at:,}"
+    # Files may state one behaviour in two ways (a digit splitter where no merge joins digits): what counts is ids.
+    for text, x, y in zip(PROBES, _probe_ids(a), _probe_ids(b), strict=True):
+        if x != y:
+            at = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
+            window = slice(max(0, at - 1), at + 4)
+            return f"the text {text[:40]!r} gives other ids from token {at} on: {x[window]} against {y[window]}"
+    return None
+
+
+def _special_problem(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    for name in ("bos", "eos"):
+        x, y = getattr(a, f"{name}_token_id"), getattr(b, f"{name}_token_id")
+        if x != y:
+            texts = getattr(a, f"{name}_token"), getattr(b, f"{name}_token")
+            return f"{name} is {x} ({texts[0]!r}) against {y} ({texts[1]!r})"
+    return None
+
+
+def same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Check that both give the same ids; chat template, padding token and embedding rows may differ.
+
+    Raises:
+        UserError: what differs first (teacher's against student's), with the numbers.
+    """
+    problem = (
+        _vocab_problem(teacher.get_vocab(), student.get_vocab())
+        or _behaviour_problem(teacher, student)
+        or _special_problem(teacher, student)
+    )
+    if problem:
+        raise UserError(
+            "teacher and student have different tokenizers, so the teacher's token ids mean something else to the "
+            f"student: {problem}; take a student of the teacher's family, student.teacher_layers, or give the student "
+            "folder the teacher's tokenizer files if only these differ"
+        )
