@@ -12,6 +12,7 @@ from distill_ray.report.document import (
     read_history,
     to_bytes,
 )
+from distill_ray.report.files import read_report, report_key, write_report
 from distill_ray.report.gate import check_require, failures, judge
 from distill_ray.report.html import render_html
 from distill_ray.report.metrics import (
@@ -39,7 +40,10 @@ __all__ = [
     "judge",
     "model_card",
     "read_history",
+    "read_report",
     "render_html",
     "render_table",
+    "report_key",
     "to_bytes",
+    "write_report",
 ]

@@ -1,0 +1,289 @@
+"""How good the student is: held-out figures of teacher, student before and student after training, and the report.
+
+The teacher is never run again: its figures come from the stored targets, by the same functions as the student's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill_ray import report as reports
+from distill_ray.config import Recipe, fingerprint, identity_of
+from distill_ray.config.sections import StudentSection
+from distill_ray.errors import DistillError, StoppedError
+from distill_ray.ingest import BatchPlan, PackLoader, build_plan
+from distill_ray.lease import LeaseToken, read_published
+from distill_ray.storage import NotFoundError, Storage, stage_folder
+from distill_ray.telemetry import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill_ray.ingest import PackedBatch
+    from distill_ray.losses import RowMetrics
+    from distill_ray.student import DistillModule
+    from distill_ray.targets import CaptureIdentity, RunManifest
+
+_POLL_S = 0.5
+
+
+def require_held_out(manifest: RunManifest, recipe: Recipe) -> BatchPlan:
+    """The plan of the held-out sequences, without opening a target object; call it before money goes into training.
+
+    Raises:
+        UserError: no held-out sequence has a supervised token, or `evaluate.require` names an unknown metric.
+    """
+    reports.check_require(recipe.evaluate.require)
+    return build_plan(
+        manifest,
+        holdout=recipe.corpus.holdout,
+        split="held_out",
+        pack_tokens=recipe.train.pack_tokens,
+        packs_per_batch=recipe.evaluate.batch_packs,
+        max_sequences=recipe.evaluate.max_sequences,
+    )
+
+
+def run(
+    recipe: Recipe,
+    storage: Storage,
+    manifest: RunManifest,
+    token: LeaseToken,
+    progress: Callable[[str, int | None, str], Progress] = Progress,
+    *,
+    timings: Mapping[str, float] | None = None,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Score the held-out targets in one Ray task, then write and publish report.json and report.html.
+
+    Args:
+        recipe: the run.
+        storage: the run's root.
+        manifest: the targets that the run uses.
+        token: of the run's lease; the report is published against it.
+        progress: makes the progress display.
+        timings: wall seconds by stage, for the report.
+        stop: set it to stop; nothing is written then.
+
+    Returns:
+        The report, as written to report.json.
+
+    Raises:
+        UserError: nothing is held out, or a metric is not finite.
+        StoppedError: `stop` was set.
+    """
+    started = time.monotonic()
+    plan = require_held_out(manifest, recipe)
+    published = read_published(storage, recipe.run_prefix)
+    if "student" not in published:
+        raise DistillError(f"run {recipe.run_prefix} has no trained student yet; run `distill-ray train` first")
+    job = _Job(recipe, storage, manifest.identity, plan)
+    with progress("evaluate", 2 * plan.steps, "batches") as shown:
+        evaluation = _score_remotely(job, shown, stop or threading.Event())
+    history = _history(storage, recipe)
+    seconds = {**(timings or {}), "evaluate": round(time.monotonic() - started, 3)}
+    report = reports.build_report(
+        evaluation,
+        identity=_identity(recipe, manifest, str(published["student"]["sha256"])),
+        timings=reports.Timings(seconds, _rates(manifest, history, evaluation.tokens_per_s)),
+        tokens=_tokens(published["targets"], manifest, history, evaluation.teacher.rows),
+        targets=_target_figures(manifest),
+        history=history,
+        require=recipe.evaluate.require,
+    )
+    reports.write_report(storage, token, report, history)
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the scoring task needs, picklable."""
+
+    recipe: Recipe
+    storage: Storage
+    identity: CaptureIdentity
+    plan: BatchPlan
+
+
+def _score_remotely(job: _Job, shown: Progress, stop: threading.Event) -> reports.Evaluation:
+    import ray
+    from ray.exceptions import RayTaskError
+
+    # A streaming task tells its progress while it runs and needs no actor to do so.
+    use_gpu = job.recipe.train.use_gpu
+    task = ray.remote(_score).options(num_returns="streaming", num_cpus=1, num_gpus=1 if use_gpu else 0)
+    stream: Any = task.remote(job)
+    while True:
+        ready, _ = ray.wait([stream], timeout=_POLL_S, fetch_local=False)
+        if stop.is_set():
+            ray.cancel(stream)
+            raise StoppedError("evaluation was stopped; nothing of it is kept, the trained student is")
+        if not ready:
+            continue
+        try:
+            item = ray.get(next(stream))
+        except RayTaskError as error:
+            # Ray's wrapper carries the worker's traceback as its message; a user wants the message alone.
+            if isinstance(error.cause, DistillError):
+                raise error.cause from error
+            raise
+        if isinstance(item, reports.Evaluation):
+            return item
+        shown.advance(1, **item)
+
+
+def _score(job: _Job) -> Iterator[dict[str, float] | reports.Evaluation]:
+    """Yields a progress figure a batch, then the sums."""
+    import torch
+
+    recipe = job.recipe
+    if not recipe.train.use_gpu:
+        # Ray gives a task as many threads as it declares CPUs; this task runs alone.
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    trained = recipe.model_copy(
+        update={"student": StudentSection(model=f"{job.storage.uri}/{recipe.run_prefix}/student")}
+    )
+    bins = recipe.evaluate.ece_bins
+    teacher, before, after = (reports.MetricSums(bins) for _ in range(3))
+    kept_mass = reports.KeptMassHistogram()
+    tokens, seconds = 0, 0.0
+    for origin, sums in ((recipe, before), (trained, after)):
+        module = _load(origin, trained, job.identity.vocab_size)
+        with PackLoader(job.storage, job.identity, job.plan, micro_batch_packs=recipe.evaluate.batch_packs) as batches:
+            for batch in batches:
+                begun = time.perf_counter()
+                sums.add(_on_cpu(student_rows(module, batch)))
+                seconds += time.perf_counter() - begun
+                tokens += batch.tokens
+                if sums is before:
+                    teacher.add(_on_cpu(teacher_rows(batch, job.identity.vocab_size)))
+                    kept_mass.add(batch.targets.log_tail_N.numpy())
+                yield {"tokens_per_s": round(tokens / seconds, 1)}
+        del module
+    yield reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds)
+
+
+def _load(origin: Recipe, trained: Recipe, vocab_size: int) -> DistillModule:
+    """A student ready to score; `before` is built by the very function that training started from."""
+    from distill_ray.student import DistillModule, build_initial
+    from distill_ray.student.module import loss_spec
+
+    # Only a student cut from the teacher needs its weights here; the tokenizer lies beside the trained student too.
+    needed = origin.teacher.model if origin.student.teacher_layers is not None else trained.student.model
+    model, config = build_initial(origin, stage_folder(str(needed)))
+    module = DistillModule(model, loss_spec(config, vocab_size, origin.loss))
+    return module.to("cuda" if origin.train.use_gpu else "cpu").eval()
+
+
+def student_rows(module: DistillModule, batch: PackedBatch) -> RowMetrics:
+    """Figures of a student on the supervised rows of a batch; logits exist for one chunk of rows at a time."""
+    import torch
+
+    from distill_ray.losses import head_metrics
+
+    head = module.head
+    with torch.no_grad():
+        batch = batch.to(head.weight.device)
+        return head_metrics(
+            module.hidden_rows(batch),
+            head.weight,
+            head.bias,
+            batch.targets,
+            vocab_size=head.spec.vocab_size,
+            logit_scale=head.spec.logit_scale,
+            softcap=head.spec.softcap,
+        )
+
+
+def teacher_rows(batch: PackedBatch, vocab_size: int) -> RowMetrics:
+    """Figures of the teacher: its own stored rows stand in for the student's, through the same comparison."""
+    from distill_ray.losses import ModelRows, compare_rows
+
+    stored = batch.targets
+    own = ModelRows(
+        log_q_NK=stored.logprobs_NK,
+        log_tail_N=stored.log_tail_N,
+        top1_N=stored.ids_NK[:, 0],
+        top1_logprob_N=stored.logprobs_NK[:, 0],
+        # Stored apart from the kept ids: the actual token may rank below them.
+        actual_logprob_N=batch.actual_logprob_N,
+    )
+    return compare_rows(own, stored, vocab_size=vocab_size)
+
+
+def _on_cpu(rows: RowMetrics) -> reports.ScoredRows:
+    def of(x: Tensor) -> np.ndarray:
+        return x.cpu().numpy()
+
+    return reports.ScoredRows(
+        actual_logprob_N=of(rows.logprob_N),
+        kl_t1_N=of(rows.kl_N),
+        acceptance_N=of(rows.acceptance_N),
+        agree_N=of(rows.top1_agree_N),
+        confidence_N=of(rows.confidence_N),
+        correct_N=of(rows.correct_N),
+    )
+
+
+def _history(storage: Storage, recipe: Recipe) -> list[dict[str, float]]:
+    try:
+        return reports.read_history(storage.get(f"{recipe.run_prefix}/metrics.jsonl"))
+    except NotFoundError:
+        raise DistillError(
+            f"{recipe.run_prefix}/metrics.jsonl is missing although a student is published: the run folder was "
+            "altered; give a new --version"
+        ) from None
+
+
+def _identity(recipe: Recipe, manifest: RunManifest, student_sha256: str) -> reports.RunIdentity:
+    units = sorted([u.unit, u.multiplicity] for u in manifest.units)
+    return reports.RunIdentity(
+        name=recipe.name,
+        version=recipe.version,
+        capture=manifest.identity.fingerprint,
+        units=len(units),
+        corpus=fingerprint({"units": units}),
+        teacher=fingerprint(dict(manifest.identity.teacher)),
+        tokenizer=manifest.identity.tokenizer,
+        student=student_sha256,
+        recipe=fingerprint(identity_of(recipe)),
+    )
+
+
+def _tokens(
+    entry: Mapping[str, Any], manifest: RunManifest, history: list[dict[str, float]], held_out: int
+) -> reports.TokenCounts:
+    total = sum(int(u.lengths.sum()) for u in manifest.units)
+    captured = int(entry.get("captured_tokens", total))
+    return reports.TokenCounts(
+        captured=captured,
+        reused=total - captured,
+        supervised_train=int(sum(step["tokens"] for step in history)),
+        held_out=held_out,
+    )
+
+
+def _rates(manifest: RunManifest, history: list[dict[str, float]], evaluation_tokens_per_s: float) -> dict[str, float]:
+    rates = {"evaluate": evaluation_tokens_per_s}
+    if manifest.teacher_seconds > 0:
+        rates["teacher"] = sum(int(u.lengths.sum()) for u in manifest.units) / manifest.teacher_seconds
+    train_s = sum(step["seconds"] for step in history)
+    if train_s > 0:
+        rates["train"] = sum(step["tokens"] for step in history) / train_s
+    return rates
+
+
+def _target_figures(manifest: RunManifest) -> reports.TargetFigures:
+    return reports.TargetFigures(
+        rows=manifest.rows,
+        bytes_per_row=sum(u.object_bytes for u in manifest.units) / manifest.rows,
+        mean_kept_mass=manifest.mean_kept_mass,
+        dead_letters=manifest.dead,
+    )
