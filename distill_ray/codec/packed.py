@@ -1,7 +1,8 @@
 """Codec v1: `[top-1 logprob f16][log tail f16][q8 × k][low 16 id bits × k][bit planes of id bits ≥ 16]`, little-endian.
 
 q = round(255·√(Δ/24)) with Δ the gap in nats to the top-1, clipped at 24: fine near the top, where the mass is, and
-at most 0.094 nats off at the far end. A plane holds one id bit of the k ids in ⌈k/8⌉ bytes, first id in the highest bit.
+at most 0.094 nats off at the far end. A plane holds one id bit of the k ids in ⌈k/8⌉ bytes, the first id in the
+highest bit.
 
 Legend of shapes: N rows, K kept tokens (k), V real vocabulary, B bytes of a row.
 """
@@ -44,9 +45,7 @@ def row_bytes(k: int, vocab_size: int) -> int:
     return _HEAD + 3 * k + _planes(vocab_size) * ((k + 7) // 8)
 
 
-def encode(
-    ids_NK: np.ndarray, logprobs_NK: np.ndarray, log_tail_N: np.ndarray, vocab_size: int
-) -> np.ndarray:
+def encode(ids_NK: np.ndarray, logprobs_NK: np.ndarray, log_tail_N: np.ndarray, vocab_size: int) -> np.ndarray:
     """Pack rank-sorted rows.
 
     Args:
@@ -98,9 +97,7 @@ def _encode_block(
         at += width
 
 
-def _check(
-    ids_NK: np.ndarray, logprobs_NK: np.ndarray, log_tail_N: np.ndarray, vocab_size: int, first: int
-) -> None:
+def _check(ids_NK: np.ndarray, logprobs_NK: np.ndarray, log_tail_N: np.ndarray, vocab_size: int, first: int) -> None:
     top_N = logprobs_NK[:, 0]
     bad = np.flatnonzero(~(np.isfinite(top_N) & (top_N <= _ABOVE_ZERO)))
     if len(bad):

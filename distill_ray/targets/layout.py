@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +99,9 @@ def to_table(sequences: list[StoredSequence], checksums: list[bytes], schema: pa
         if pa.types.is_large_binary(kind):
             values = np.concatenate([a.reshape(-1) for a in arrays])
             offsets = np.concatenate([[0], np.cumsum([a.size for a in arrays])]).astype("<i8")
-            return pa.LargeBinaryArray.from_buffers(kind, len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(values)])
+            return pa.LargeBinaryArray.from_buffers(
+                kind, len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(values)]
+            )
         values = pa.array(np.concatenate(arrays), kind.value_type)
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, type=kind)
 
@@ -130,7 +133,7 @@ def from_table(table: pa.Table, stride: int, temperatures: tuple[float, ...]) ->
         else:
             offsets = column.offsets.to_numpy()
             values = column.values.to_numpy(zero_copy_only=False)
-        return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [values[a:b] for a, b in pairwise(offsets.tolist())]
 
     n = table.num_rows
     tails = {t: split(tail_column(t)) for t in temperatures}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from distill_ray.codec import LOG_FLOOR
@@ -55,8 +57,10 @@ def check_rows(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) 
     total_N = kept_N + np.exp(rows.log_tail_N.astype(np.float64))
     _refuse(
         ~(np.abs(total_N - 1) <= TOLERANCE),
-        lambda t: f"kept mass {kept_N[t]:.6f} + tail {np.exp(rows.log_tail_N[t]):.6f} = {total_N[t]:.6f}, not 1 within "
-        f"{TOLERANCE}; the log-probabilities are not normalised over the real vocabulary",
+        lambda t: (
+            f"kept mass {kept_N[t]:.6f} + tail {np.exp(rows.log_tail_N[t]):.6f} = {total_N[t]:.6f}, not 1 within "
+            f"{TOLERANCE}; the log-probabilities are not normalised over the real vocabulary"
+        ),
     )
     for temperature, tail_N in rows.log_tail_at.items():
         _refuse(
@@ -67,7 +71,7 @@ def check_rows(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) 
     return kept_N
 
 
-def _refuse(bad_N: np.ndarray, say) -> None:
+def _refuse(bad_N: np.ndarray, say: Callable[[int], str]) -> None:
     if bad_N.any():
         row = int(np.argmax(bad_N))
         raise IntegrityError(f"row {row}: {say(row)}")
@@ -100,9 +104,9 @@ def _check_shapes(identity: CaptureIdentity, n: int, rows: TargetRows) -> None:
 
 
 def _check_finite(rows: TargetRows) -> None:
-    _refuse(np.isnan(rows.logprobs_NK).any(axis=1), lambda t: "a kept logprob is NaN; the engine's output is broken")
+    _refuse(np.isnan(rows.logprobs_NK).any(axis=1), lambda _: "a kept logprob is NaN; the engine's output is broken")
     _refuse(
-        np.isnan(rows.actual_logprob_N) | (rows.actual_logprob_N > TOLERANCE),
+        ~(rows.actual_logprob_N <= TOLERANCE),
         lambda t: f"actual logprob is {rows.actual_logprob_N[t]}, not a log-probability",
     )
     entropy_N = rows.entropy_N
@@ -128,8 +132,10 @@ def _check_actual(identity: CaptureIdentity, next_N: np.ndarray, rows: TargetRow
     row_N = np.arange(len(next_N))
     _refuse(
         is_kept_N & ~(np.abs(kept_NK[row_N, at_N] - actual_N) <= TOLERANCE),
-        lambda t: f"actual logprob {actual_N[t]:.4f} of token {next_N[t]}, but the row gives that token "
-        f"{kept_NK[t, at_N[t]]:.4f} (rank {at_N[t] + 1}); rows and tokens are shifted against each other",
+        lambda t: (
+            f"actual logprob {actual_N[t]:.4f} of token {next_N[t]}, but the row gives that token "
+            f"{kept_NK[t, at_N[t]]:.4f} (rank {at_N[t] + 1}); rows and tokens are shifted against each other"
+        ),
     )
     # Ties (common in bfloat16) may be ranked either way round, so the rank is judged by its log-probability.
     k = identity.top_k
@@ -137,11 +143,16 @@ def _check_actual(identity: CaptureIdentity, next_N: np.ndarray, rows: TargetRow
     agrees_N = np.where(rank_N <= k, np.abs(at_rank_N - actual_N) <= TOLERANCE, actual_N <= at_rank_N + TOLERANCE)
     _refuse(
         ~agrees_N,
-        lambda t: f"actual rank {rank_N[t]} with logprob {actual_N[t]:.4f} disagrees with the row "
-        f"({at_rank_N[t]:.4f} at rank {min(rank_N[t], k)}); rows and tokens are shifted against each other",
+        lambda t: (
+            f"actual rank {rank_N[t]} with logprob {actual_N[t]:.4f} disagrees with the row "
+            f"({at_rank_N[t]:.4f} at rank {min(rank_N[t], k)}); rows and tokens are shifted against each other"
+        ),
     )
     _refuse(
-        ~is_kept_N & ((actual_N > kept_NK[:, -1] + TOLERANCE) | (np.exp(actual_N) > np.exp(rows.log_tail_N) + TOLERANCE)),
-        lambda t: f"token {next_N[t]} is not kept, but its logprob {actual_N[t]:.4f} is above the last kept one "
-        f"({kept_NK[t, -1]:.4f}) or the log tail mass ({rows.log_tail_N[t]:.4f}); rows and tokens are shifted",
+        ~is_kept_N
+        & ((actual_N > kept_NK[:, -1] + TOLERANCE) | (np.exp(actual_N) > np.exp(rows.log_tail_N) + TOLERANCE)),
+        lambda t: (
+            f"token {next_N[t]} is not kept, but its logprob {actual_N[t]:.4f} is above the last kept one "
+            f"({kept_NK[t, -1]:.4f}) or the log tail mass ({rows.log_tail_N[t]:.4f}); rows and tokens are shifted"
+        ),
     )

@@ -67,7 +67,9 @@ def encode_unit(
         except IntegrityError as error:
             raise IntegrityError(f"unit {unit.hash} of {unit.source.uri}, sequence {i}: {error}") from error
     if len({s.entropy_N is None for s in stored}) > 1:
-        raise IntegrityError(f"unit {unit.hash}: entropy given for some sequences only; the engine must give all or none")
+        raise IntegrityError(
+            f"unit {unit.hash}: entropy given for some sequences only; the engine must give all or none"
+        )
     data = _to_bytes(identity, unit, stored, dead, kept_mass)
     summary = UnitSummary(
         unit=unit.hash,

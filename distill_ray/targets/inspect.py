@@ -1,0 +1,205 @@
+"""What lies under a targets URI, and whether it is sound."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from distill_ray.codec import row_bytes
+from distill_ray.errors import IntegrityError, UserError
+from distill_ray.lease import read_published
+from distill_ray.schema import UnitSummary
+from distill_ray.storage import NotFoundError, Storage, open_storage
+from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
+from distill_ray.targets.index import load_index, target_objects
+from distill_ray.targets.manifest import read_run_manifest
+from distill_ray.targets.reader import open_unit, read_unit
+
+_URI = re.compile(
+    r"(?:(?P<root>.*?)/)?"
+    r"(?:targets/(?P<fp>[0-9a-f]{32})(?:/(?P<unit>[0-9a-f]{32})\.parquet)?"
+    r"|(?P<run>runs/[^/]+/[^/]+)(?:/targets\.parquet)?)/?"
+)
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """Counts are of distinct units; `verified` says whether every byte was read."""
+
+    uri: str
+    kind: str
+    """"capture", "unit" or "run"."""
+    fingerprint: str | None
+    identity: CaptureIdentity | None
+    units: int
+    sequences: int
+    rows: int
+    supervised: int
+    bytes: int
+    """Bytes of all target objects."""
+    mean_kept_mass: float | None
+    dead: int
+    teacher_seconds: float
+    verified: bool
+    problems: tuple[str, ...]
+
+    @property
+    def bytes_per_row(self) -> float | None:
+        """Object bytes a row, tokens, masks and side columns included."""
+        return self.bytes / self.rows if self.rows else None
+
+    def render(self) -> str:
+        """For a terminal: one fact a line, problems last."""
+        facts: dict[str, object] = {self.kind: self.uri, "fingerprint": self.fingerprint or "unknown"}
+        i = self.identity
+        if i is not None:
+            facts["teacher"] = json.dumps(dict(i.teacher), sort_keys=True)
+            facts["tokenizer"] = f"{i.tokenizer}, vocabulary {i.vocab_size:,}"
+            facts["kept"] = f"top {i.top_k}, temperatures {', '.join(map(str, i.temperatures))}, codec {i.codec}"
+        facts["units"] = f"{self.units:,}"
+        facts["sequences"] = f"{self.sequences:,}"
+        facts["rows"] = f"{self.rows:,}, {self.supervised:,} supervised"
+        facts["bytes"] = f"{self.bytes:,}"
+        if self.bytes_per_row is not None:
+            packed = f", packed {row_bytes(i.top_k, i.vocab_size)}" if i else ""
+            facts["bytes per row"] = f"{self.bytes_per_row:.1f}{packed}"
+        if self.mean_kept_mass is not None:
+            facts["mean kept mass"] = f"{self.mean_kept_mass:.6f}"
+        facts["dead letters"] = f"{self.dead:,}"
+        if self.teacher_seconds:
+            facts["teacher time"] = f"{self.teacher_seconds:,.1f} s"
+        lines = [f"{name:<15} {value}" for name, value in facts.items()]
+        how = "every byte read and verified" if self.verified else "not verified (--verify reads everything)"
+        lines.append(f"{'problems':<15} {len(self.problems) or 'none'}; {how}")
+        return "\n".join(lines + [f"  {p}" for p in self.problems])
+
+
+def inspect(uri: str, verify: bool = False) -> InspectReport:
+    """Describe a capture's folder, one target object, or a run.
+
+    Args:
+        uri: `<root>/targets/<fingerprint>`, `…/<unit>.parquet`, or `<root>/runs/<name>/<version>`.
+        verify: read and check every object; list every problem instead of stopping at the first.
+
+    Raises:
+        UserError: the URI is none of these, or nothing is there.
+    """
+    match = _URI.fullmatch(uri)
+    if not match:
+        raise UserError(
+            f"{uri} is neither <root>/targets/<fingerprint>, <root>/targets/<fingerprint>/<unit>.parquet nor "
+            "<root>/runs/<name>/<version>; give one of these"
+        )
+    storage = open_storage("." if match["root"] is None else match["root"] or "/")
+    look = _Look(storage, match["fp"], verify)
+    if match["run"]:
+        kind = "run"
+        look.run(match["run"])
+    elif match["unit"]:
+        kind = "unit"
+        look.unit(match["unit"])
+    else:
+        kind = "capture"
+        look.capture()
+    return look.report(uri, kind)
+
+
+class _Look:
+    """Gathers summaries and problems; a problem never ends the look."""
+
+    def __init__(self, storage: Storage, fingerprint: str | None, verify: bool) -> None:
+        self._storage, self._verify = storage, verify
+        self._fingerprint = fingerprint
+        self._identity: CaptureIdentity | None = None
+        self._summaries: list[UnitSummary] = []
+        self._problems: list[str] = []
+
+    def run(self, prefix: str) -> None:
+        """The units that a run's published manifest names."""
+        entry = read_published(self._storage, prefix).get("targets")
+        if entry is None:
+            raise UserError(
+                f"{self._storage.uri}/{prefix} has published no targets; run capture, or give the capture's own folder"
+            )
+        try:
+            manifest = read_run_manifest(self._storage, entry)
+        except IntegrityError as error:
+            self._problems.append(str(error))
+            return
+        self._identity, self._fingerprint = manifest.identity, manifest.fingerprint
+        sizes = {unit: info.size for unit, info in target_objects(self._storage, manifest.fingerprint).items()}
+        for unit in manifest.units:
+            self._known(unit.summary, sizes.get(unit.unit))
+
+    def capture(self) -> None:
+        """Every object of a capture, named by its index or not."""
+        fingerprint = str(self._fingerprint)
+        known = load_index(self._storage, fingerprint, report=self._problems.append)
+        objects = target_objects(self._storage, fingerprint)
+        if not known and not objects:
+            raise UserError(f"{self._storage.uri}/{capture_prefix(fingerprint)} holds nothing; check the URI")
+        for unit, summary in known.items():
+            self._known(summary, objects[unit].size if unit in objects else None)
+        unnamed = sorted(objects.keys() - known.keys())
+        for unit in unnamed:
+            self.unit(unit)
+        if unnamed:
+            self._problems.append(
+                f"{len(unnamed)} objects are not in the index; the next capture verifies and adds them"
+            )
+
+    def unit(self, unit: str) -> None:
+        """One object that nothing is known of: read whole."""
+        try:
+            read = read_unit(self._storage, str(self._fingerprint), unit)
+        except NotFoundError as error:
+            raise UserError(f"{error}; check the URI") from None
+        except IntegrityError as error:
+            self._problems.append(str(error))
+            return
+        self._identity = self._identity or read.identity
+        self._summaries.append(read.summary())
+
+    def _known(self, summary: UnitSummary, size: int | None) -> None:
+        self._summaries.append(summary)
+        where = f"{self._storage.uri}/{unit_key(str(self._fingerprint), summary.unit)}"
+        if size is None:
+            self._problems.append(f"{where} is gone; run capture again")
+        elif size != summary.object_bytes and not self._verify:
+            self._problems.append(f"{where} has {size} bytes, recorded {summary.object_bytes}; run capture again")
+        elif self._verify or self._identity is None:
+            self._open(summary)
+
+    def _open(self, summary: UnitSummary) -> None:
+        fingerprint = str(self._fingerprint)
+        try:
+            if self._verify:
+                opened = read_unit(self._storage, fingerprint, summary.unit, expect_sha256=summary.object_sha256)
+            else:
+                opened = open_unit(self._storage, fingerprint, summary.unit, object_bytes=summary.object_bytes)
+        except (IntegrityError, NotFoundError) as error:
+            self._problems.append(str(error))
+            return
+        self._identity = self._identity or opened.identity
+
+    def report(self, uri: str, kind: str) -> InspectReport:
+        """The sums."""
+        found = self._summaries
+        rows = sum(s.rows for s in found)
+        return InspectReport(
+            uri=uri,
+            kind=kind,
+            fingerprint=self._fingerprint,
+            identity=self._identity,
+            units=len(found),
+            sequences=sum(len(s.lengths) for s in found),
+            rows=rows,
+            supervised=sum(int(s.supervised.sum()) for s in found),
+            bytes=sum(s.object_bytes for s in found),
+            mean_kept_mass=sum(s.kept_mass_sum for s in found) / rows if rows else None,
+            dead=sum(s.dead for s in found),
+            teacher_seconds=sum(s.teacher_seconds for s in found),
+            verified=self._verify or kind == "unit",
+            problems=tuple(self._problems),
+        )
