@@ -7,38 +7,15 @@ next batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
+from distill_ray.corpus import held_out
 from distill_ray.errors import UserError
 from distill_ray.ingest.packing import pack_lengths
-
-
-class ManifestUnit(Protocol):
-    """What planning reads of one unit."""
-
-    @property
-    def unit(self) -> str: ...
-    @property
-    def multiplicity(self) -> int: ...
-    @property
-    def lengths(self) -> np.ndarray: ...
-    @property
-    def supervised(self) -> np.ndarray: ...
-    @property
-    def doc_keys(self) -> np.ndarray: ...
-    @property
-    def object_sha256(self) -> str: ...
-    @property
-    def object_bytes(self) -> int: ...
-
-
-class Manifest(Protocol):
-    @property
-    def units(self) -> Iterable[ManifestUnit]: ...
+from distill_ray.targets import ManifestUnit, RunManifest
 
 
 @dataclass(frozen=True)
@@ -189,7 +166,7 @@ def _training_order(s: _Sequences, seed: int, epochs: int, pack_tokens: int) -> 
 
 
 def build_plan(
-    manifest: Manifest,
+    manifest: RunManifest,
     *,
     holdout: float,
     split: Literal["train", "held_out"],
@@ -218,8 +195,6 @@ def build_plan(
     Raises:
         UserError: this split holds no supervised token, or a sequence is longer than pack_tokens.
     """
-    from distill_ray.corpus import held_out
-
     units = sorted(manifest.units, key=lambda u: u.unit)
     every = _columns(units)
     side = held_out(every.doc_key_S, holdout) == (split == "held_out")

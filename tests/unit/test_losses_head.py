@@ -7,7 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_ray.losses import LossSpec, SparseTargets, bucket_kl, head_loss, head_metrics
+from distill_ray.losses import (
+    LossSpec,
+    ModelRows,
+    SparseTargets,
+    bucket_kl,
+    compare_rows,
+    head_loss,
+    head_metrics,
+)
 
 N, V, D, K = 11, 29, 7, 5
 
@@ -223,4 +231,15 @@ def test_a_student_equal_to_the_teacher():
     got = head_metrics(hidden, weight, None, SparseTargets(ids, kept, tail, ids[:, 0]), vocab_size=V)
     assert got.kl_N.abs().max() < 1e-5
     assert (got.acceptance_N - 1).abs().max() < 1e-5
+    assert got.top1_agree_N.all()
+
+
+def test_the_teacher_compared_with_itself():
+    _, targets = _make(torch.float32)
+    stored = ModelRows(
+        targets.logprobs_NK, targets.log_tail_N, targets.ids_NK[:, 0], targets.logprobs_NK[:, 0], torch.zeros(N)
+    )
+    got = compare_rows(stored, targets, vocab_size=V)
+    assert not got.kl_N.any()
+    torch.testing.assert_close(got.acceptance_N, torch.ones(N))
     assert got.top1_agree_N.all()
