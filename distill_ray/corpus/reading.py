@@ -46,7 +46,7 @@ def _encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: st
 def _encode(
     tokenizer: PreTrainedTokenizerBase, form: str, documents: list[Document]
 ) -> Iterator[Encoded | RefusedDocument]:
-    if form == "text":
+    if form == "text" and documents:  # The tokenizer breaks on an empty batch.
         yield from _encode_texts(tokenizer, [cast(str, document.content) for document in documents])
         return
     for document in documents:

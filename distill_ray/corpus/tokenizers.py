@@ -87,7 +87,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint(
         {
             **_backend(tokenizer),
-            "vocab": tokenizer.get_vocab(),
             "special": {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id},
             "template": tokenizer.chat_template,
             # What Python code around the backend adds or changes shows only in what comes out.
@@ -106,8 +105,8 @@ def _vocab_problem(ours: dict[str, int], theirs: dict[str, int]) -> str | None:
         f"{token!r} {ours.get(token, 'none')} against {theirs.get(token, 'none')}" for token in differing[:_SHOWN]
     )
     return (
-        f"{len(ours):,} tokens against {len(theirs):,}, {len(differing):,} of them with another id or missing; "
-        f"first: {shown}"
+        f"{len(ours):,} tokens against {len(theirs):,}; {len(differing):,} have another id or are on one side only, "
+        f"the first: {shown}"
     )
 
 
