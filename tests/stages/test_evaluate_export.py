@@ -1,0 +1,425 @@
+"""Evaluation and export on real models: figures against dense ones, the report, the folder, idempotence, the gate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from distill_ray import evaluate, export
+from distill_ray.config import Recipe, parse_recipe
+from distill_ray.errors import IntegrityError, LeaseLostError, StoppedError, UserError
+from distill_ray.lease import Lease, LeaseToken, publish, read_published
+from distill_ray.registry import publish_latest, read_latest
+from distill_ray.report import read_report
+from distill_ray.schema import Sequence, SourceSlice, Unit
+from distill_ray.session import ray_session
+from distill_ray.storage import Storage, open_storage
+from distill_ray.student.weights import convert_folder
+from distill_ray.targets import (
+    CaptureIdentity,
+    RunManifest,
+    encode_unit,
+    read_run_manifest,
+    unit_key,
+    write_run_manifest,
+)
+from tests.assets import TINY_VOCAB, tiny_teacher_folder
+from tests.unit.targets_fakes import exact_rows
+
+K = 16
+HELD_OUT = range(1, 8)
+"""Document keys below the holdout's bound; training documents have keys far above it."""
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with ray_session("local", num_cpus=2):
+        yield
+
+
+@dataclass
+class Run:
+    """A run that is captured and trained: the student after training is the teacher itself, before it one layer."""
+
+    recipe: Recipe
+    storage: Storage
+    token: LeaseToken
+    sequences: list[Sequence]
+
+    @property
+    def published(self) -> dict[str, dict[str, Any]]:
+        return read_published(self.storage, self.recipe.run_prefix)
+
+    @property
+    def manifest(self) -> RunManifest:
+        return read_run_manifest(self.storage, self.published["targets"])
+
+    def with_(self, **sections: dict[str, Any]) -> Run:
+        data = self.recipe.model_dump()
+        for name, changes in sections.items():
+            data[name] = {**data[name], **changes}
+        return replace(self, recipe=parse_recipe(data))
+
+
+def _sequences() -> list[Sequence]:
+    rng = np.random.default_rng(3)
+    found = []
+    for i in range(10):
+        n = int(rng.integers(5, 40))
+        mask = rng.random(n) < 0.7
+        mask[0], mask[-1] = False, True
+        key = HELD_OUT[i] if i < len(HELD_OUT) else 2**63 + i
+        found.append(Sequence(rng.integers(3, TINY_VOCAB, n).astype(np.int32), mask, key))
+    return found
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, sequence: Sequence) -> np.ndarray:
+    ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None]
+    return model(input_ids=ids).logits[0, :-1].double().numpy()
+
+
+def _capture(storage: Storage, recipe: Recipe, token: LeaseToken, sequences: list[Sequence]) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher_folder(), dtype=torch.float32)
+    identity = CaptureIdentity({"weights": "tiny", "engine": "test"}, "tokenizer-hash", TINY_VOCAB, K, (1.0,), 1)
+    units, summaries = [], {}
+    for name, part in (("a", sequences[:4]), ("b", sequences[4:])):
+        content = hashlib.sha256(name.encode()).hexdigest()
+        unit = Unit(content[:32], SourceSlice(f"{name}.jsonl", content, "lines", 0, 1000), 1000)
+        rows = [exact_rows(_logits(teacher, s), s.tokens[1:], K) for s in part]
+        data, summary = encode_unit(identity, unit, part, rows, [], 0.5)
+        storage.put(unit_key(identity, unit.hash), data)
+        units.append(unit)
+        summaries[unit.hash] = summary
+    entry = write_run_manifest(storage, f"{recipe.run_prefix}/targets.parquet", identity, units, summaries)
+    publish(storage, token, "targets", entry)
+
+
+def _train(storage: Storage, recipe: Recipe, token: LeaseToken, folder: Path) -> None:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        storage.upload(path, f"{recipe.run_prefix}/student/{path.name}")
+        digest.update(path.read_bytes())
+    steps = [
+        {"step": s, "loss": 3 / s, "ce": 4 / s, "kl_t": 2 / s, "kl_t1": 2 / s, "tokens": 50, "seconds": 0.1}
+        for s in (1, 2)
+    ]
+    storage.put(f"{recipe.run_prefix}/metrics.jsonl", "".join(json.dumps(s) + "\n" for s in steps).encode())
+    publish(storage, token, "student", _student_entry(storage, recipe))
+
+
+def _student_entry(storage: Storage, recipe: Recipe) -> dict[str, Any]:
+    prefix = f"{recipe.run_prefix}/student/"
+    names = [info.key.removeprefix(prefix) for info in storage.list(prefix)]
+    digest = hashlib.sha256("".join(hashlib.sha256(storage.get(prefix + n)).hexdigest() for n in names).encode())
+    return {"key": prefix, "sha256": digest.hexdigest()}
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Iterator[Run]:
+    recipe = parse_recipe(
+        {
+            "name": "tiny",
+            "version": "2026-W47",
+            "storage": {"root": str(tmp_path / "root")},
+            "corpus": {"sources": ["*.jsonl"], "holdout": 0.25, "window_tokens": 64},
+            "teacher": {"model": str(tiny_teacher_folder()), "engine": "transformers", "use_gpu": False},
+            "capture": {"top_k": K},
+            "student": {"teacher_layers": [0]},
+            "train": {"precision": "fp32", "use_gpu": False, "pack_tokens": 64, "global_batch_tokens": 128},
+            "evaluate": {"batch_packs": 2, "ece_bins": 10},
+            "export": {"licence": "apache-2.0"},
+        }
+    )
+    storage = open_storage(recipe.storage.root)
+    with Lease.acquire(storage, recipe.run_prefix) as lease:
+        sequences = _sequences()
+        _capture(storage, recipe, lease.token, sequences)
+        _train(storage, recipe, lease.token, tiny_teacher_folder())
+        yield Run(recipe, storage, lease.token, sequences)
+
+
+def _evaluate(run: Run, **options: Any) -> dict[str, Any]:
+    return evaluate.run(run.recipe, run.storage, run.manifest, run.token, **options)
+
+
+def _dense_figures(model: PreTrainedModel, teacher: PreTrainedModel, held_out: list[Sequence]) -> dict[str, float]:
+    """The report's figures from whole distributions, one sequence at a time, with neither packing nor codec."""
+    nll, kl, accept, agree, confidence, correct = [], [], [], [], [], []
+    for s in held_out:
+        p_NV, q_NV = (torch.from_numpy(_logits(m, s)).log_softmax(-1).numpy() for m in (teacher, model))
+        for t in np.flatnonzero(s.loss_mask[1:]):
+            kept = np.argsort(-p_NV[t])[:K]
+            p, q = (np.append(np.exp(x[t, kept]), -np.expm1(np.log(np.exp(x[t, kept]).sum()))) for x in (p_NV, q_NV))
+            nll.append(-q_NV[t, s.tokens[t + 1]])
+            kl.append((p * np.log(p / q)).sum())
+            accept.append(np.minimum(p, q).sum())
+            agree.append(q_NV[t].argmax() == p_NV[t].argmax())
+            confidence.append(np.exp(q_NV[t].max()))
+            correct.append(q_NV[t].argmax() == s.tokens[t + 1])
+    where = np.minimum((np.array(confidence) * 10).astype(int), 9)
+    gaps = [abs(np.sum((np.array(confidence) - correct)[where == b])) for b in range(10)]
+    return {
+        "perplexity": float(np.exp(np.mean(nll))),
+        "kl_t1": float(np.mean(kl)),
+        "acceptance": float(np.mean(accept)),
+        "top1_agreement": float(np.mean(agree)),
+        "ece": float(np.sum(gaps) / len(nll)),
+        "rows": len(nll),
+    }
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_figures_equal_dense_ones_and_the_report_is_published(trained: Run) -> None:
+    report = _evaluate(trained, timings={"capture": 1.5})
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher_folder(), dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(tiny_teacher_folder(), dtype=torch.float32)
+    before.model.layers = before.model.layers[:1]
+    held_out = [s for s in trained.sequences if s.doc_key in HELD_OUT]
+    for name, model in (("teacher", teacher), ("before", before), ("after", teacher)):
+        dense = _dense_figures(model, teacher, held_out)
+        for metric, value in dense.items():
+            # The codec's bound: 8-bit gaps, float16 log-probabilities.
+            assert report[name][metric] == pytest.approx(value, abs=5e-3, rel=5e-3), (name, metric)
+    assert report["teacher"]["kl_t1"] == 0
+    assert report["after"]["kl_t1"] < 1e-3 < 0.05 < report["before"]["kl_t1"]
+    assert report["tokens"] == {
+        "captured": sum(len(s.tokens) for s in trained.sequences),
+        "reused": 0,
+        "supervised_train": 100,
+        "held_out": report["after"]["rows"],
+    }
+    assert report["identity"]["capture"] == trained.manifest.fingerprint
+    assert report["identity"]["units"] == 2
+    assert report["timings"]["seconds"]["capture"] == 1.5
+    assert report["timings"]["tokens_per_s"].keys() == {"teacher", "train", "evaluate"}
+    assert sum(report["kept_mass"]["counts"]) == report["teacher"]["rows"]
+    assert read_report(trained.storage, trained.recipe.run_prefix) == report
+    assert b"<svg" in trained.storage.get(f"{trained.recipe.run_prefix}/report.html")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_diverged_student_is_refused_by_name_and_no_report_is_written(trained: Run, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher_folder(), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    model.save_pretrained(tmp_path / "broken")
+    for path in (tmp_path / "broken").glob("*.safetensors"):
+        trained.storage.upload(path, f"{trained.recipe.run_prefix}/student/{path.name}")
+    publish(trained.storage, trained.token, "student", _student_entry(trained.storage, trained.recipe))
+    with pytest.raises(UserError, match="not finite"):
+        _evaluate(trained)
+    assert "report" not in trained.published
+    assert trained.storage.head(f"{trained.recipe.run_prefix}/report.json") is None
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_stop_ends_evaluation_and_writes_nothing(trained: Run) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        _evaluate(trained, stop=stop)
+    assert "report" not in trained.published
+
+
+def test_nothing_held_out_is_known_before_training(trained: Run) -> None:
+    assert evaluate.require_held_out(trained.manifest, trained.recipe).steps > 0
+    with pytest.raises(UserError, match=r"held_out.*0 of 10 sequences.*corpus.holdout=0.0"):
+        evaluate.require_held_out(trained.manifest, trained.with_(corpus={"holdout": 0.0}).recipe)
+    with pytest.raises(UserError, match="unknown metric"):
+        evaluate.require_held_out(trained.manifest, trained.with_(evaluate={"require": {"klt1": 1.0}}).recipe)
+
+
+def _report(run: Run, passed: bool = True) -> dict[str, Any]:
+    figures = {"perplexity": 9.0, "kl_t1": 0.2, "top1_agreement": 0.9, "ece": 0.01, "acceptance": 0.9, "rows": 10}
+    identity = dict.fromkeys(("capture", "corpus", "teacher", "tokenizer", "student", "recipe"), "0123abcd")
+    bound = {
+        "metric": "after.kl_t1",
+        "sense": "at most",
+        "bound": 0.3 if passed else 0.1,
+        "value": 0.2,
+        "passed": passed,
+    }
+    return {
+        **dict.fromkeys(("teacher", "before", "after"), figures),
+        "identity": {**identity, "name": "tiny", "version": run.recipe.version, "units": 2},
+        "gate": {"kl_t1": bound},
+    }
+
+
+def _export(run: Run, *, passed: bool = True) -> export.ExportResult:
+    return export.run(run.recipe, run.storage, run.token, _report(run, passed))
+
+
+def _logits_of(folder: Path | str, dtype: torch.dtype) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 40)[None]).logits.float()
+
+
+def test_the_exported_folder_is_the_student_in_the_stated_type(trained: Run) -> None:
+    result = _export(trained)
+    assert result == export.ExportResult(f"{trained.storage.uri}/models/tiny/2026-W47", True, "")
+    folder = Path(result.uri)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == 2
+    student = _logits_of(tiny_teacher_folder(), torch.float32)
+    assert (_logits_of(folder, torch.float32) - student).abs().max() < 0.02 * student.abs().max()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tiny_teacher_folder()).get_vocab()
+    assert tokenizer.chat_template
+    card = (folder / "README.md").read_text()
+    for text in ('license: "apache-2.0"', "0123abcd", '"teacher_layers"', "student after"):
+        assert text in card, text
+    manifest = json.loads((folder / "manifest.json").read_text())
+    stored = {f["name"]: (f["size"], f["sha256"]) for f in manifest["files"]}
+    found = {p.name: (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir()}
+    del found["manifest.json"]
+    assert stored == found
+    latest = read_latest(trained.storage, "tiny")
+    assert latest is not None
+    assert (latest.version, latest.entry["sha256"]) == ("2026-W47", trained.published["export"]["sha256"])
+
+
+def test_float32_export_keeps_every_bit(trained: Run) -> None:
+    result = _export(trained.with_(export={"dtype": "float32"}))
+    assert torch.equal(_logits_of(result.uri, torch.float32), _logits_of(tiny_teacher_folder(), torch.float32))
+
+
+def _versions(run: Run) -> dict[str, str]:
+    return {info.key: info.version for info in run.storage.list("models/")}
+
+
+def test_a_second_export_touches_nothing(trained: Run) -> None:
+    _export(trained)
+    before = _versions(trained)
+    assert _export(trained).is_latest
+    assert _versions(trained) == before
+
+
+@pytest.mark.parametrize("damage", ["unpublished", "missing weights", "short tokenizer", "stray shard", "other dtype"])
+def test_an_export_that_is_not_whole_is_done_again(trained: Run, damage: str) -> None:
+    _export(trained)
+    prefix = trained.recipe.model_prefix
+    if damage == "unpublished":
+        publish(trained.storage, trained.token, "export", None)
+        trained.storage.delete(f"{prefix}/manifest.json")
+    elif damage == "missing weights":
+        trained.storage.delete(f"{prefix}/model.safetensors")
+    elif damage == "short tokenizer":
+        trained.storage.put(f"{prefix}/tokenizer.json", b"{}")
+    elif damage == "stray shard":
+        publish(trained.storage, trained.token, "export", None)
+        trained.storage.put(f"{prefix}/model-00001-of-00002.safetensors", b"left by another layout")
+    else:
+        trained = trained.with_(export={"dtype": "float32"})
+    assert _export(trained).is_latest
+    folder = Path(trained.storage.uri) / prefix
+    names = {p.name for p in folder.iterdir()}
+    assert {f["name"] for f in json.loads((folder / "manifest.json").read_text())["files"]} == names - {"manifest.json"}
+    assert not [n for n in names if n.startswith("model-0")]
+    assert torch.isfinite(_logits_of(folder, torch.float32)).all()
+
+
+def test_a_student_that_misses_a_bound_is_kept_but_not_the_latest(trained: Run) -> None:
+    publish_latest(trained.storage, "tiny", "2026-W46", {"key": "old"})
+    result = _export(trained, passed=False)
+    assert (result.is_latest, result.reason) == (
+        False,
+        "the student misses 1 bound(s): after.kl_t1 = 0.2, required at most 0.1",
+    )
+    latest = read_latest(trained.storage, "tiny")
+    assert latest is not None
+    assert latest.version == "2026-W46"
+    assert (Path(result.uri) / "model.safetensors").exists()
+
+
+def test_last_weeks_late_run_does_not_take_the_place_of_this_weeks(trained: Run) -> None:
+    publish_latest(trained.storage, "tiny", "2026-W48", {"key": "newer"})
+    result = _export(trained)
+    assert not result.is_latest
+    assert "2026-W48 is newer" in result.reason
+
+
+def test_a_driver_that_lost_its_lease_publishes_neither_report_nor_model(trained: Run) -> None:
+    old = replace(trained, token=replace(trained.token, epoch=trained.token.epoch - 1))
+    with pytest.raises(LeaseLostError):
+        _export(old)
+    assert "export" not in trained.published
+    assert read_latest(trained.storage, "tiny") is None
+
+
+def _weights(folder: Path, **tensors: torch.Tensor) -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"dtype": "float32", "eos_token_id": 2, "text_config": {"dtype": "float32"}}')
+    return folder
+
+
+def test_large_weights_are_split_into_shards_that_load_as_one(tmp_path: Path) -> None:
+    source = tiny_teacher_folder()
+    convert_folder(source, tmp_path / "out", "float32", shard_bytes=100_000)
+    shards = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert torch.equal(_logits_of(tmp_path / "out", torch.float32), _logits_of(source, torch.float32))
+
+
+def test_weights_that_do_not_fit_the_type_or_are_not_finite_are_refused(tmp_path: Path) -> None:
+    large = _weights(tmp_path / "large", a=torch.tensor([1e30]), ids=torch.tensor([7]))
+    with pytest.raises(UserError, match=r"weight a reaches 1e\+30, more than export.dtype=float16"):
+        convert_folder(large, tmp_path / "out1", "float16")
+    convert_folder(large, tmp_path / "out2", "bfloat16")
+    config = json.loads((tmp_path / "out2" / "config.json").read_text())
+    assert (config["dtype"], config["text_config"]["dtype"]) == ("bfloat16", "bfloat16")
+    assert json.loads((tmp_path / "out2" / "generation_config.json").read_text())["eos_token_id"] == 2
+    with pytest.raises(IntegrityError, match="weight a of the trained student is not finite"):
+        convert_folder(_weights(tmp_path / "nan", a=torch.tensor([float("nan")])), tmp_path / "out3", "bfloat16")
+
+
+_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64, max_logprobs=5, seed=0)
+out = llm.generate({"prompt_token_ids": list(range(3, 40))}, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1))
+print("RESULT", json.dumps([next(iter(row.values())).logprob for row in out[0].prompt_logprobs[1:]]))
+"""
+
+
+def test_the_exported_folder_loads_in_vllm_with_the_students_log_probabilities(trained: Run) -> None:
+    folder = _export(trained).uri
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _VLLM, folder],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
+    got = torch.tensor(json.loads(line.removeprefix("RESULT ")))
+    tokens = torch.arange(3, 40)
+    expected = _logits_of(folder, torch.float32)[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    assert (got - expected).abs().max() < 2e-3
