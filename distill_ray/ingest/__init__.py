@@ -8,7 +8,7 @@ from distill_ray.ingest.batch import PackedBatch, collate
 from distill_ray.ingest.loader import PackLoader, rank_micro_batches
 from distill_ray.ingest.packing import pack_lengths
 from distill_ray.ingest.plan import BatchPlan, Pack, PlanUnit, SeqRef, build_plan
-from distill_ray.ingest.units import UnitCache
+from distill_ray.ingest.units import UnitCache, open_cache
 
 __all__ = [
     "BatchPlan",
@@ -21,6 +21,7 @@ __all__ = [
     "attention_mask",
     "build_plan",
     "collate",
+    "open_cache",
     "pack_lengths",
     "rank_micro_batches",
 ]

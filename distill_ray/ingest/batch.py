@@ -12,8 +12,8 @@ from torch import Tensor
 from distill_ray import codec
 from distill_ray.errors import CannotCaptureError, IntegrityError
 from distill_ray.ingest.plan import Pack, SeqRef
-from distill_ray.ingest.units import StoredSequence
 from distill_ray.losses import SparseTargets
+from distill_ray.targets import StoredSequence
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from distill_ray.ingest.batch import PackedBatch, TargetFormat, collate
-from distill_ray.ingest.plan import BatchPlan, Pack, PlanUnit
-from distill_ray.ingest.units import UnitCache, UnitTargets
+from distill_ray.ingest.plan import BatchPlan, Pack
+from distill_ray.ingest.units import UnitCache, open_cache
 from distill_ray.storage.base import Storage
-
-if TYPE_CHECKING:
-    from distill_ray.targets import CaptureIdentity
+from distill_ray.targets import CaptureIdentity
 
 
 def rank_micro_batches(batch: Sequence[Pack], rank: int, world: int, micro_batch_packs: int) -> list[list[Pack]]:
@@ -45,8 +43,7 @@ class PackLoader:
         micro_batch_packs: packs of one forward pass.
         start_step: first global batch.
         prefetch: micro-batches decoded ahead.
-        cache_bytes: bound on target objects held in memory.
-        open_unit: (storage, identity, unit) → verified targets.
+        cache: where fetched target objects are kept; None makes one by `open_cache`.
     """
 
     def __init__(
@@ -61,16 +58,14 @@ class PackLoader:
         micro_batch_packs: int = 1,
         start_step: int = 0,
         prefetch: int = 4,
-        cache_bytes: int = 2 * 2**30,
-        open_unit: Callable[[Storage, CaptureIdentity, PlanUnit], UnitTargets] | None = None,
+        cache: UnitCache | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is outside a world of {world}")
-        fetch = open_unit or _read_verified
         self._plan = plan
         self._rank, self._world, self._micro_batch_packs = rank, world, micro_batch_packs
         self._form = TargetFormat(identity.top_k, identity.vocab_size, temperature)
-        self._units = UnitCache(lambda unit: fetch(storage, identity, unit), plan.units, cache_bytes)
+        self._units = cache or open_cache(storage, identity, plan.units)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="pack-loader")
         self._work = self._micro_batches(start_step)
         self._pending: deque[Future[PackedBatch]] = deque()
@@ -120,9 +115,3 @@ class PackLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _read_verified(storage: Storage, identity: CaptureIdentity, unit: PlanUnit) -> UnitTargets:
-    from distill_ray import targets
-
-    return targets.read_unit(storage, identity, unit.hash, expect_sha256=unit.sha256)
