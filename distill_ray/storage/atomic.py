@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,17 +66,33 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait_s: float) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` (made if needed), against threads and processes alike.
 
-    The kernel drops it when the holder dies. The file stays: removing it would let two holders lock two inodes.
+    The kernel drops it when the holder dies, but not when it is paused: StorageError after `wait_s` seconds. The
+    file stays: removing it would let two holders lock two inodes.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _flock(descriptor, path, wait_s)
         yield
     finally:
         os.close(descriptor)
+
+
+def _flock(descriptor: int, path: Path, wait_s: float) -> None:
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise StorageError(
+                    f"another process has held {path} locked for {wait_s:.0f} s; it may be paused: resume or kill "
+                    f"it (`fuser -v {path}` names it), then run again"
+                ) from None
+            time.sleep(random.uniform(0.001, 0.02))
 
 
 def explain_os(error: OSError, path: Path, action: str, size: int | None = None) -> StorageError:

@@ -71,7 +71,10 @@ class Storage(Protocol):
     def head(self, key: str) -> ObjectInfo | None: ...
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Objects whose key starts with `prefix`, in key order, page by page. Temporary files are not shown."""
+        """Objects whose key starts with `prefix`, page by page. Temporary files are not shown.
+
+        In key order locally and on AWS; other servers may list folder by folder, so sort where order matters.
+        """
         ...
 
     def delete(self, key: str) -> None:

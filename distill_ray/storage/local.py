@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -67,7 +67,7 @@ class LocalStorage:
         path = self._path(key)
         with self._writing(path, len(data)) as temporary:
             temporary.write_bytes(data)
-            with locked(_lock_of(path)):
+            with _exclusive(path):
                 info = self.head(key)
                 found = info.version if info else None
                 if found != version:
@@ -105,7 +105,7 @@ class LocalStorage:
         path = self._path(key)
         try:
             if _lock_of(path).exists():
-                with locked(_lock_of(path)):
+                with _exclusive(path):
                     path.unlink()
             else:
                 path.unlink()
@@ -137,7 +137,7 @@ class LocalStorage:
     def _replace(self, temporary: Path, path: Path) -> None:
         if _lock_of(path).exists():
             # Somebody writes this key conditionally: a bare rename could fall between their check and theirs.
-            with locked(_lock_of(path)):
+            with _exclusive(path):
                 replace_durably(temporary, path)
         else:
             replace_durably(temporary, path)
@@ -182,6 +182,11 @@ class LocalStorage:
 
 def _lock_of(path: Path) -> Path:
     return path.with_name(LOCK + path.name)
+
+
+def _exclusive(path: Path) -> AbstractContextManager[None]:
+    # Held for a check, an fsync and a rename: whoever has it for longer than this was paused in there.
+    return locked(_lock_of(path), 30.0)
 
 
 def _info(key: str, path: Path) -> ObjectInfo:

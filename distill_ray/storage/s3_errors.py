@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from boto3.exceptions import Boto3Error
+from boto3.exceptions import Boto3Error, RetriesExceededError
 from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -42,8 +42,9 @@ def explain(error: Exception, action: str, target: str, endpoint: str) -> Distil
         endpoint: URL that was asked.
     """
     if isinstance(error, Boto3Error):
-        # boto3's transfer manager wraps the request's own error and keeps only its text.
-        inner = error.__cause__ or error.__context__
+        # boto3's transfer manager wraps the request's own error.
+        retried = isinstance(error, RetriesExceededError)
+        inner = error.last_exception if retried else error.__cause__ or error.__context__
         if isinstance(inner, (BotoCoreError, ClientError)):
             error = inner
     where = f"cannot {action} {target} at {endpoint}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from distill_ray.errors import UserError
-from distill_ray.storage.base import ObjectInfo, StorageError
+from distill_ray.storage.base import ObjectInfo
 from distill_ray.storage.local import LocalStorage
 from distill_ray.storage.uris import is_s3, open_storage, split_s3, split_uri
 
@@ -30,7 +31,8 @@ def glob_sources(pattern: str) -> list[tuple[str, ObjectInfo]]:
 
 
 def _on_disk(pattern: str) -> list[tuple[str, ObjectInfo]]:
-    pattern = os.path.expanduser(pattern)
+    # Absolute: workers of a cluster start in folders of their own.
+    pattern = os.path.abspath(os.path.expanduser(pattern))
     # A name may itself hold brackets.
     paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     found = []
@@ -53,17 +55,11 @@ def _on_s3(pattern: str) -> list[tuple[str, ObjectInfo]]:
         info = open_storage(folder).head(name)
         return [] if info is None else [(f"s3://{bucket}/{path}", info)]
     matches = re.compile(glob_to_regex(path), re.DOTALL)
-    try:
-        return [
-            (
-                f"s3://{bucket}/{each.key}",
-                ObjectInfo(each.key.rpartition("/")[2], each.size, each.version, each.modified),
-            )
-            for each in store.list(path[: magic.start()])
-            if matches.fullmatch(each.key)
-        ]
-    except StorageError as error:
-        raise StorageError(f"{pattern}: {error}") from error
+    return [
+        (f"s3://{bucket}/{each.key}", replace(each, key=each.key.rpartition("/")[2]))
+        for each in store.list(path[: magic.start()])
+        if matches.fullmatch(each.key)
+    ]
 
 
 def glob_to_regex(pattern: str) -> str:

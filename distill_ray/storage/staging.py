@@ -12,6 +12,9 @@ from distill_ray.storage.atomic import explain_os, locked, replace_durably, temp
 from distill_ray.storage.base import ObjectInfo, Storage, StorageError
 from distill_ray.storage.uris import is_s3, open_storage
 
+# How long one process waits for another's download of the same folder.
+_DOWNLOAD_S = 4 * 3600.0
+
 
 def stage_folder(uri: str, cache: Path | None = None) -> Path:
     """A local folder with the objects under `uri`.
@@ -27,7 +30,7 @@ def stage_folder(uri: str, cache: Path | None = None) -> Path:
     Raises UserError if the folder is missing or empty, StorageError if the store or the disk refuses.
     """
     if not is_s3(uri):
-        folder = Path(uri).expanduser()
+        folder = Path(uri).expanduser().absolute()
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}; correct the path or put the files there")
         return folder
@@ -43,7 +46,7 @@ def stage_folder(uri: str, cache: Path | None = None) -> Path:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f".lock-{name}"):
+        with locked(root / f".lock-{name}", _DOWNLOAD_S):
             if not marker.exists():
                 _download(storage, objects, folder)
                 with temporary_beside(marker) as temporary:

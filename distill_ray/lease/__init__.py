@@ -1,0 +1,23 @@
+"""One writer per run: a lease with an epoch, whose record is also the run's only commit log.
+
+`lease.json` names the owner, the epoch, the expiry and everything that the run has published. Publishing is a
+compare-and-swap on that very record, so a driver that wakes up after a takeover can publish nothing: there is no
+moment between "am I still the owner?" and "write". Anything that the record does not name does not exist.
+"""
+
+from distill_ray.lease.hold import Lease
+from distill_ray.lease.owner import Owner, is_dead, this_process
+from distill_ray.lease.record import LeaseRecord, LeaseToken, is_live, publish, read_published, read_record
+
+__all__ = [
+    "Lease",
+    "LeaseRecord",
+    "LeaseToken",
+    "Owner",
+    "is_dead",
+    "is_live",
+    "publish",
+    "read_published",
+    "read_record",
+    "this_process",
+]
