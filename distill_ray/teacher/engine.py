@@ -83,10 +83,10 @@ def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens:
 def vocabulary_size(folder: Path) -> int:
     """V of a Hugging Face model folder: `vocab_size` of its config (of the text model in a composite one).
 
-    This is what the model's softmax runs over. A config may state more rows than the tokenizer has entries (Qwen2.5: 151,665
-    entries, 151,936 or 152,064 rows): those rows are trained like the others and the model does give them probability,
-    so they stay in the softmax, and their mass lies in the tail. Rows that an engine adds beyond the config, to
-    round up a shard, are not of the model and must never be seen.
+    This is what the model's softmax runs over. A config may state more rows than the tokenizer has entries (Qwen2.5:
+    151,665 entries, 151,936 or 152,064 rows): those rows are trained like the others and the model does give them
+    probability, so they stay in the softmax, and their mass lies in the tail. Rows that an engine adds beyond the
+    config, to round up a shard, are not of the model and must never be seen.
 
     Raises:
         UserError: no `config.json`, or it states no vocabulary.

@@ -25,8 +25,8 @@ def rows_from_flat(
     """Sort out one prompt's entries.
 
     vLLM gives k + 1 entries a row: first the actual next token with its rank over the vocabulary, then ranks 1 … k.
-    The first is always an extra: it repeats one of the others when the token is among the k best, and is a (k+1)th entry
-    when it is not. So the kept set is the entries 1 … k and never the first k entries.
+    The first is always an extra: it repeats one of the others when the token is among the k best, and is a (k+1)th
+    entry when it is not. So the kept set is the entries 1 … k and never the first k entries.
 
     Args:
         token_ids: [N·(k+1)] ids, as stored in `FlatLogprobs.token_ids`.
@@ -89,8 +89,8 @@ def _actual_rank(
 ) -> np.ndarray:
     """Rank as 1 + the number of strictly likelier tokens.
 
-    vLLM counts ≥, so with ties its rank is that of the last of the equals and may exceed k for a kept token. For kept tokens
-    it is counted anew; outside the k best only vLLM's figure is known.
+    vLLM counts ≥, so with ties its rank is that of the last of the equals and may exceed k for a kept token. For kept
+    tokens it is counted anew; outside the k best only vLLM's figure is known.
     """
     kept = (ids_NK == actual_N[:, None]).any(axis=1)
     return np.where(kept, 1 + (values_NK > value_N[:, None]).sum(axis=1), rank_N).astype(np.int32)

@@ -34,7 +34,7 @@ class TransformersEngine:
 
         if section.quantization is not None:
             raise UserError(
-                f'teacher.quantization={section.quantization!r} is a vLLM option; use teacher.engine = "vllm" or drop it'
+                f'teacher.quantization={section.quantization!r} is vLLM\'s; use teacher.engine = "vllm" or drop it'
             )
         self._top_k, self._temperatures = capture.top_k, capture.extra_temperatures
         self._window, self._vocab = window_tokens, vocab_size
@@ -87,8 +87,8 @@ class TransformersEngine:
     def _logits(self, tokens: np.ndarray, most_bytes: int):
         """Yield [R, V] logits in the model's dtype, in order, from the model's own forward pass.
 
-        The head is never applied outside the model, so a soft-cap or logit scale cannot be forgotten. When all rows at once would
-        exceed `most_bytes`, the body runs again for every block of rows: slower, but exact and bounded.
+        The head is never applied outside the model, so a soft-cap or logit scale cannot be forgotten. When all rows at
+        once would exceed `most_bytes`, the body runs again for every block of rows: slower, but exact and bounded.
         """
         ids = torch.as_tensor(tokens, dtype=torch.long, device=self._device)[None]
         n_rows = len(tokens) - 1

@@ -1,8 +1,8 @@
 """The teacher on vLLM, by its public path: prompt log-probabilities in flat lists.
 
-Checked in vLLM 0.32's source: prompt log-probabilities are the log-softmax, in float32, of the model's own logits (soft-cap
-and scale applied, rows padded beyond config.vocab_size cut off); no temperature, penalty or other sampling processor
-touches them. Temperatures other than 1 can therefore not be had here, and are refused by `open_engine`.
+Checked in vLLM 0.32's source: prompt log-probabilities are the log-softmax, in float32, of the model's own logits
+(soft-cap and scale applied, rows padded beyond config.vocab_size cut off); no temperature, penalty or other sampling
+processor touches them. Temperatures other than 1 can therefore not be had here, and are refused by `open_engine`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from distill_ray.teacher.engine import finite_or_reason, refusal
 from distill_ray.teacher.flat import rows_from_flat
 
 _WAVES_IN_FLIGHT = 4
-"""Scheduler steps' worth of tokens queued at once: enough to keep the engine busy, and it bounds the Python lists of the
-finished requests, which take over 100 bytes an entry."""
+"""Scheduler steps' worth of tokens queued at once: enough to keep the engine busy, and it bounds the Python lists of
+the finished requests, which take over 100 bytes an entry."""
 
 _HEAD_BYTES = 2**29
 """Most bytes of one request's float32 logits in one step."""
@@ -58,20 +59,6 @@ class VllmEngine:
         return self._vocab
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            return self._score(sequences)
-        except EngineDeadError as error:
-            # An exception would count as a fault of the unit. A dead process counts as a fault of the machine: the
-            # pool starts another one and gives it the unit again.
-            print(f"teacher: vLLM's engine died, ending this process: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    def close(self) -> None:
-        self._engine.engine_core.shutdown()
-
-    def _score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
         from vllm.inputs.engine import tokens_input
 
         results: list[TargetRows | str | None] = [refusal(s, self._vocab, self._window) for s in sequences]
@@ -86,11 +73,25 @@ class VllmEngine:
                 queued += len(sequences[i])
             if not running:
                 break
-            for output in self._engine.step():
+            for output in self._step():
                 i = running.pop(output.request_id)
                 queued -= len(sequences[i])
                 results[i] = self._rows(output.prompt_logprobs, sequences[i])
         return [r for r in results if r is not None]
+
+    def _step(self) -> list[Any]:
+        try:
+            return self._engine.step()
+        except Exception:  # noqa: BLE001
+            # EngineDeadError when the engine is a process of its own; RuntimeError("cancelled") and others when a
+            # worker of an engine in this process is gone. Either way its state is lost. An exception would fail the
+            # run for one unit; a dead process is replaced by the pool, which gives the unit to the next one.
+            traceback.print_exc()
+            print("teacher: vLLM's engine failed, so this process ends", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
 
     def _rows(self, flat: Any, tokens: np.ndarray) -> TargetRows | str:
         # Never iterate FlatLogprobs: that builds a dict for each position.
@@ -109,7 +110,8 @@ def engine_arguments(
     section: TeacherSection, capture: CaptureSection, window_tokens: int, folder: Path, vocab_size: int
 ) -> dict[str, Any]:
     """Arguments of `vllm.EngineArgs` for capture."""
-    split = section.tensor_parallel * section.pipeline_parallel > 1
+    # vLLM's CPU workers can bind their threads only in a process of their own, even a single one.
+    apart = section.tensor_parallel * section.pipeline_parallel > 1 or not section.use_gpu
     on_gpu = {"gpu_memory_utilization": section.gpu_memory_share} if section.use_gpu else {}
     return on_gpu | {
         "model": str(folder),
@@ -119,7 +121,7 @@ def engine_arguments(
         "trust_remote_code": section.trust_remote_code,
         "tensor_parallel_size": section.tensor_parallel,
         "pipeline_parallel_size": section.pipeline_parallel,
-        "distributed_executor_backend": "mp" if split else None,
+        "distributed_executor_backend": "mp" if apart else None,
         # A prompt of exactly max_model_len is rejected: there must be room for the one token that is generated.
         "max_model_len": window_tokens + 1,
         "max_num_batched_tokens": section.batch_tokens,
@@ -141,6 +143,9 @@ def set_process_environment(section: TeacherSection) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if section.use_gpu:
         return
+    # The scheduler then runs in this process beside the workers' own: one process and one import of vLLM less, and on
+    # CPUs the front end is never what the workers wait for.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(section.cpu_cache_gib)
     # Ray sets this from num_cpus, a share that serves placement only; vLLM binds its threads itself.
     os.environ.pop("OMP_NUM_THREADS", None)

@@ -19,9 +19,9 @@ _BLOCK = 8 * 2**20
 def weights_identity(section: TeacherSection, folder: Path) -> dict[str, str]:
     """The teacher's weights as identity: the stated revision, else the hash of the weight files' content.
 
-    `config.json` is part of it either way: it fixes soft-caps, scales and the real vocabulary. Files are hashed in parallel,
-    and a file seen before (same path, size and modification time) is not read again; that memory lies in the user's
-    cache folder, never beside the model.
+    `config.json` is part of it either way: it fixes soft-caps, scales and the real vocabulary. Files are hashed in
+    parallel, and a file seen before (same path, size and modification time) is not read again; that memory lies in the
+    user's cache folder, never beside the model.
 
     Raises:
         UserError: the folder holds no weights or no `config.json`.
@@ -77,7 +77,7 @@ def _sha256(path: Path) -> str:
 
 def _cache_path() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "distill-ray" / "weights.json"
+    return Path(base) / "distill_ray" / "weights.json"
 
 
 def _read_cache(path: Path) -> dict[str, str]:

@@ -1,0 +1,10 @@
+"""Capture: pending units → read and tokenise → teacher → encode and write, as one Ray Data pipeline.
+
+stages.py    what happens to one unit: pure functions and the teacher's actor
+pool.py      the Ray Data pipeline over pending units, seen as a stream of summaries
+verb.py      what is missing, the run over it, dead letters and the run manifest
+"""
+
+from distill_ray.capture.verb import capture_identity, run
+
+__all__ = ["capture_identity", "run"]

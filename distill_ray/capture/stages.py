@@ -1,0 +1,128 @@
+"""What happens to one unit, stage by stage. The functions know nothing of Ray.
+
+Between stages a unit travels as one row with one large binary column: no block can split it, and no token becomes a
+Python object.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from distill_ray import corpus, targets
+from distill_ray.config.sections import CorpusSection
+from distill_ray.errors import DistillError, IntegrityError
+from distill_ray.schema import DeadLetter, Sequence, TargetRows, Unit, UnitSummary
+from distill_ray.storage import ConflictError, Storage
+from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher import Engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EngineFactory = Callable[[], Engine]
+"""Opens the engine in the process that calls it; picklable."""
+
+UNKNOWN_RECORD = -1
+"""`DeadLetter.record` of a sequence that the teacher refused: windows no longer know their record."""
+
+
+@dataclass(frozen=True)
+class ReadUnit:
+    """A unit after tokenising."""
+
+    unit: Unit
+    sequences: list[Sequence]
+    dead: list[DeadLetter]
+
+
+@dataclass(frozen=True)
+class TaughtUnit:
+    """A unit with the teacher's rows: `rows[i]` belongs to `sequences[i]`."""
+
+    unit: Unit
+    sequences: list[Sequence]
+    rows: list[TargetRows]
+    dead: list[DeadLetter]
+    seconds: float
+
+
+def to_row(value: Any) -> pa.Table:
+    """One object as a table of one row; `from_row` gives it back. Sizes beyond 2 GiB are fine."""
+    return pa.table({"unit": pa.array([pickle.dumps(value, protocol=5)], pa.large_binary())})
+
+
+def from_row(table: pa.Table) -> Any:
+    """The object of a one-row table made by `to_row` in this very pipeline."""
+    return pickle.loads(table.column("unit")[0].as_buffer())
+
+
+def read(unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> ReadUnit:
+    """Read one source slice and turn it into sequences."""
+    sequences, dead = corpus.read_unit_sequences(unit, section, tokenizer)
+    return ReadUnit(unit, sequences, dead)
+
+
+def teach(engine: Engine, work: ReadUnit) -> TaughtUnit:
+    """Score one unit; a sequence that the teacher refuses becomes a dead letter and the others go on."""
+    started = time.monotonic()
+    results = engine.score([s.tokens for s in work.sequences]) if work.sequences else []
+    seconds = time.monotonic() - started
+    kept, rows, dead = list[Sequence](), list[TargetRows](), list(work.dead)
+    for i, (sequence, result) in enumerate(zip(work.sequences, results, strict=True)):
+        if isinstance(result, str):
+            reason = f"sequence {i} ({len(sequence.tokens)} tokens): {result}"
+            dead.append(DeadLetter(work.unit.hash, work.unit.source.uri, UNKNOWN_RECORD, reason))
+        else:
+            kept.append(sequence)
+            rows.append(result)
+    return TaughtUnit(work.unit, kept, rows, dead, seconds)
+
+
+def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> UnitSummary:
+    """Encode one unit and write its object in one piece.
+
+    A whole object that is there already stays: another run of the same capture may have recorded its checksum. Its
+    rows are the same within the engine's arithmetic, so it is used as it is.
+    """
+    data, summary = targets.encode_unit(
+        identity, taught.unit, taught.sequences, taught.rows, taught.dead, taught.seconds
+    )
+    key = targets.unit_key(identity, taught.unit.hash)
+    try:
+        storage.put_if(key, data, None)
+    except ConflictError:
+        try:
+            found = targets.read_unit(storage, identity, taught.unit.hash).summary()
+            return replace(found, teacher_seconds=taught.seconds)
+        except IntegrityError:
+            storage.put(key, data)
+    return summary
+
+
+class Teacher:
+    """The actor of the pool: one engine for its lifetime, one unit a call."""
+
+    def __init__(self, engine_factory: EngineFactory) -> None:
+        # Ray passes on an error of a constructor as text only. Raised by the first call, it arrives as what it is.
+        self._refused: DistillError | None = None
+        try:
+            self._engine = engine_factory()
+        except DistillError as error:
+            self._refused = error
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if self._refused is not None:
+            raise self._refused
+        return to_row(teach(self._engine, from_row(table)))
+
+
+def sequence_count(summaries: list[UnitSummary]) -> int:
+    """Sequences of all the units together."""
+    return int(np.sum([len(s.lengths) for s in summaries], dtype=np.int64))

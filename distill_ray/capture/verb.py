@@ -1,0 +1,138 @@
+"""Capture of one run: find out what is missing, capture it, and publish which units the run uses."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+
+from distill_ray import corpus, targets, teacher
+from distill_ray.capture.stages import EngineFactory, sequence_count
+from distill_ray.codec import CODEC_VERSION
+from distill_ray.config import Recipe, identity_of
+from distill_ray.errors import UserError
+from distill_ray.lease import LeaseToken, publish
+from distill_ray.schema import DeadLetter, Unit, UnitSummary
+from distill_ray.storage import Storage, stage_folder
+from distill_ray.targets import CaptureIdentity, RunManifest
+from distill_ray.telemetry import Progress
+
+_INDEX_BATCH = 1000
+"""Captured units between two additions to the index."""
+
+
+def capture_identity(recipe: Recipe) -> CaptureIdentity:
+    """What the recipe's targets are, from the teacher's folder alone; no model is loaded.
+
+    Raises:
+        UserError: the folder is missing, or lacks config, weights or tokenizer.
+    """
+    folder = stage_folder(recipe.teacher.model)
+    tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
+    return CaptureIdentity(
+        teacher=identity_of(recipe.teacher) | {"weights": teacher.weights_identity(recipe.teacher, folder)},
+        tokenizer=corpus.tokenizer_identity(tokenizer),
+        vocab_size=teacher.vocabulary_size(folder),
+        top_k=recipe.capture.top_k,
+        temperatures=recipe.capture.temperatures,
+        codec=CODEC_VERSION,
+    )
+
+
+def run(
+    recipe: Recipe,
+    storage: Storage,
+    token: LeaseToken,
+    stop: threading.Event,
+    progress: Callable[[str, int | None, str], Progress] = Progress,
+    *,
+    engine_factory: EngineFactory | None = None,
+) -> RunManifest:
+    """Capture whatever of the corpus is not captured yet, and publish the run's manifest. Ray must be initialised.
+
+    The published entry "targets" also counts the units `captured` by this call and those `reused`.
+
+    Args:
+        recipe: what to capture.
+        storage: the recipe's root.
+        token: the run's lease.
+        stop: set it to stop; finished units are kept and indexed.
+        progress: makes the progress display.
+        engine_factory: opens the teacher in each actor; the recipe's engine by default.
+
+    Raises:
+        UserError: nothing in the corpus could be captured, or the teacher cannot be used.
+        StoppedError: `stop` was set.
+        LeaseLostError: another driver owns the run by now; its manifest stands.
+    """
+    identity = capture_identity(recipe)
+    tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
+    units = corpus.plan_units(recipe.corpus, identity.tokenizer, storage)
+    factory = engine_factory or partial(
+        teacher.open_engine, recipe.teacher, recipe.capture, recipe.corpus.window_tokens
+    )
+    with progress("capture", len(units), "units") as bar:
+        done = targets.done_units(storage, identity, report=bar.note)
+        known = {u.hash: done[u.hash] for u in units if u.hash in done}
+        pending = [u for u in units if u.hash not in done]
+        bar.advance(len(known), reused=len(known))
+        if pending:
+            from distill_ray.capture import pool
+
+            with closing(pool.summaries(recipe, storage, identity, tokenizer, pending, factory, stop)) as stream:
+                for summary in _indexed(storage, identity, stream):
+                    known[summary.unit] = summary
+                    bar.advance(1, **_figures(summary))
+    _require_sequences(recipe, units, known)
+    _write_dead_letters(storage, recipe, identity, units, known)
+    entry = targets.write_run_manifest(storage, f"{recipe.run_prefix}/targets.parquet", identity, units, known)
+    publish(storage, token, "targets", entry | {"captured": len(pending), "reused": len(units) - len(pending)})
+    return targets.read_run_manifest(storage, entry)
+
+
+def _indexed(storage: Storage, identity: CaptureIdentity, stream: Iterator[UnitSummary]) -> Iterator[UnitSummary]:
+    """Pass summaries on and add them to the index in batches; what is at hand is added on a stop or an error too."""
+    batch: list[UnitSummary] = []
+    try:
+        for summary in stream:
+            batch.append(summary)
+            if len(batch) >= _INDEX_BATCH:
+                targets.append_index(storage, identity, batch)
+                batch = []
+            yield summary
+    finally:
+        targets.append_index(storage, identity, batch)
+
+
+def _figures(summary: UnitSummary) -> dict[str, float]:
+    rows = max(summary.rows, 1)
+    return {
+        "kept_mass": summary.kept_mass_sum / rows,
+        "tokens_per_teacher_second": rows / max(summary.teacher_seconds, 1e-9),
+    }
+
+
+def _require_sequences(recipe: Recipe, units: list[Unit], known: dict[str, UnitSummary]) -> None:
+    if sequence_count(list(known.values())) == 0:
+        dead = sum(s.dead for s in known.values())
+        raise UserError(
+            f"none of the corpus's {dead} documents in {len(units)} units could be captured; the reasons lie in the "
+            f"units' dead letters (corpus.sources={list(recipe.corpus.sources)}): mend the documents or corpus.format"
+        )
+
+
+def _write_dead_letters(
+    storage: Storage, recipe: Recipe, identity: CaptureIdentity, units: list[Unit], known: dict[str, UnitSummary]
+) -> None:
+    """Write the run's `dead-letters.jsonl` anew from the units' own lists, so that no rerun lists one twice."""
+    letters: list[DeadLetter] = []
+    for unit in units:
+        if known[unit.hash].dead:
+            # A unit captured by another run may have been read from another path.
+            found = targets.open_unit(storage, identity, unit.hash).dead
+            letters += [replace(letter, source=unit.source.uri) for letter in found]
+    text = "".join(json.dumps(asdict(letter), ensure_ascii=False) + "\n" for letter in letters)
+    storage.put(f"{recipe.run_prefix}/dead-letters.jsonl", text.encode())
