@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -15,8 +16,6 @@ from types import TracebackType
 from typing import Self
 
 ACCESS_KEY, SECRET_KEY = "tester", "tester-secret"
-# SeaweedFS listens for gRPC at port + 10000, so a port above 55535 cannot be used.
-_HIGHEST_PORT = 55_000
 
 
 class S3Server:
@@ -139,33 +138,22 @@ def _weed() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports p such that p and p + 10000 are both free now, all of them distinct."""
+    """Ports p such that p and p + 10000 (SeaweedFS's gRPC) are free now, all below those the kernel hands out."""
     found: list[int] = []
-    held: list[socket.socket] = []
-    try:
-        while len(found) < count:
-            pair = [socket.socket(), socket.socket()]
-            held += pair
-            pair[0].bind(("127.0.0.1", 0))
-            port = pair[0].getsockname()[1]
-            if port > _HIGHEST_PORT:
-                # The kernel may only hand out high ones: fold into the usable range and try that.
-                port = 20_000 + port % 20_000
-                pair[0] = socket.socket()
-                held.append(pair[0])
-                try:
-                    pair[0].bind(("127.0.0.1", port))
-                except OSError:
-                    continue
-            try:
-                pair[1].bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
+    while len(found) < count:
+        port = random.randrange(12_000, 22_000)
+        if port not in found and _is_free(port) and _is_free(port + 10_000):
             found.append(port)
-        return found
-    finally:
-        for each in held:
-            each.close()
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 if __name__ == "__main__":
