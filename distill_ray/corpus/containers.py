@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Protocol
 
 from distill_ray.errors import UserError
@@ -42,15 +41,10 @@ def container_of(uri: str) -> str:
     )
 
 
-@lru_cache(maxsize=256)
-def _store(folder: str) -> Storage:
-    return open_storage(folder)
-
-
 def locate(uri: str) -> tuple[Storage, str]:
     """The store and key of one source object."""
     folder, key = split_uri(uri)
-    return _store(folder), key
+    return open_storage(folder), key
 
 
 def stored_pieces(uri: str, start: int, size: int) -> Iterator[bytes]:

@@ -135,6 +135,11 @@ def index_source(uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage | N
     found = _cached(cache, key, about) if cache else None
     if found is None:
         found = _read(uri, info, unit_bytes)
+        store, name = locate(uri)
+        after = store.head(name)
+        if after is None or after.version != info.version:
+            # Pieces of two versions would be cached as one content.
+            raise UserError(f"corpus source {uri} changed while it was read; run again when it is whole")
         if cache:
             cache.put(key, json.dumps({"about": about, "index": asdict(found)}).encode())
     return found

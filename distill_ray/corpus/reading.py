@@ -26,7 +26,8 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[Encoded]:
-    for ids in tokenizer(texts, verbose=False)["input_ids"]:
+    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    for ids in encoded["input_ids"]:
         tokens = np.asarray(ids, dtype=np.int32)
         yield tokens, np.ones(len(tokens), dtype=bool)
 

@@ -14,6 +14,7 @@ import zstandard
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus import held_out, load_tokenizer, plan_units, read_unit_sequences
 from distill_ray.errors import UserError
+from distill_ray.storage import open_storage
 from tests.assets import tiny_tokenizer_folder
 
 TEXTS = [f"Paragraph {i}: the import statement «ünïcode» " + "and so on " * (i % 7) for i in range(30)]
@@ -75,6 +76,19 @@ def test_every_container_gives_the_same_sequences(tmp_path, tokenizer, form, rec
         found, dead = read(section(tmp_path / name, format=form), tokenizer)
         assert not dead
         assert plain(found) == plain(expected)
+
+
+def test_sources_on_s3_give_the_same_units_and_sequences(tmp_path, tokenizer, s3_uri):
+    write_all(tmp_path, [{"text": text} for text in TEXTS])
+    store = open_storage(s3_uri)
+    for path in tmp_path.iterdir():
+        store.upload(path, f"in/{path.name}")
+    here, there = section(tmp_path / "a.*"), section(f"{s3_uri}/in/a.*")
+    local, remote = plan_units(here, "tok", None), plan_units(there, "tok", store)
+    assert [u.hash for u in local] == [u.hash for u in remote]
+    assert plan_units(there, "tok", store) == remote
+    for a, b in zip(local, remote, strict=True):
+        assert plain(read_unit_sequences(a, here, tokenizer)[0]) == plain(read_unit_sequences(b, there, tokenizer)[0])
 
 
 def test_text_is_tokenised_as_the_tokenizer_does_by_default(tmp_path, tokenizer):

@@ -201,6 +201,15 @@ def test_wrong_kinds_of_files_are_refused(tmp_path):
         plan_units(section(tmp_path / "a.parquet"), "tok", None)
 
 
+def test_a_source_that_changes_while_it_is_read_is_refused(folder, tmp_path_factory):
+    cache = open_storage(str(tmp_path_factory.mktemp("root")))
+    path = folder / "a.jsonl"
+    listed = ObjectInfo(path.name, path.stat().st_size - 5, "the version that was listed", 0.0)
+    with pytest.raises(UserError, match="changed while it was read"):
+        index_source(str(path), listed, 1024, cache)
+    assert not list(cache.list("cache/"))
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     lines=st.lists(st.binary(max_size=12).filter(lambda b: b"\n" not in b), max_size=12),
@@ -215,7 +224,9 @@ def test_slices_hold_each_line_once_whole_wherever_they_are_cut(tmp_path_factory
         expected.pop()
     path = tmp_path_factory.getbasetemp() / "property.jsonl"
     path.write_bytes(data)
-    index = index_source(str(path), ObjectInfo(path.name, len(data), "v", 0.0), unit, None)
+    info = open_storage(str(path.parent)).head(path.name)
+    assert info is not None
+    index = index_source(str(path), info, unit, None)
     planned = [*index.cuts, len(data)]
     assert all(at == 0 or data[at - 1 : at] == b"\n" for at in index.cuts)
     assert all(b >= a // unit * unit + unit for a, b in zip(index.cuts, index.cuts[1:], strict=False))
