@@ -176,8 +176,10 @@ def _decode_mass(packed_NB: np.ndarray, k: int, logprobs_NK: np.ndarray, log_tai
     q_NK = packed_NB[:, _HEAD : _HEAD + k]
     kept_N = np.exp(head_N2[:, 0]) * np.take(_WEIGHTS, q_NK).sum(axis=1, dtype=np.float32)
     log_total_N = np.log(kept_N + np.exp(head_N2[:, 1]))
-    np.subtract((head_N2[:, 0] - log_total_N)[:, None], np.take(_GAPS, q_NK), out=logprobs_NK)
-    np.subtract(head_N2[:, 1], log_total_N, out=log_tail_N)
+    # Rounding of exp and log can put a mass of 1 a hair above it.
+    top_N = np.minimum(head_N2[:, 0] - log_total_N, 0.0)
+    np.subtract(top_N[:, None], np.take(_GAPS, q_NK), out=logprobs_NK)
+    np.minimum(head_N2[:, 1] - log_total_N, 0.0, out=log_tail_N)
 
 
 def at_temperature(logprobs_NK: np.ndarray, log_tail_T_N: np.ndarray, temperature: float) -> np.ndarray:

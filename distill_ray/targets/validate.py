@@ -77,6 +77,14 @@ def _refuse(bad_N: np.ndarray, say: Callable[[int], str]) -> None:
         raise IntegrityError(f"row {row}: {say(row)}")
 
 
+def _brief(values_K: np.ndarray) -> str:
+    """The first values, up to the one that breaks the order."""
+    broken = np.flatnonzero(~(values_K[1:] <= values_K[:-1]))
+    stop = int(broken[0]) + 2 if len(broken) else 1
+    shown = ", ".join(f"{v:.4f}" for v in values_K[max(0, stop - 3) : stop])
+    return f"… {shown} at rank {stop}"
+
+
 def _check_shapes(identity: CaptureIdentity, n: int, rows: TargetRows) -> None:
     shape = rows.ids_NK.shape
     if shape != (n - 1, identity.top_k):
@@ -104,7 +112,12 @@ def _check_shapes(identity: CaptureIdentity, n: int, rows: TargetRows) -> None:
 
 
 def _check_finite(rows: TargetRows) -> None:
-    _refuse(np.isnan(rows.logprobs_NK).any(axis=1), lambda _: "a kept logprob is NaN; the engine's output is broken")
+    # `not <=` rather than `>`: NaN fails it too. Sorted first, so that no later check takes disorder for a shift.
+    disorder_NK = ~(rows.logprobs_NK[:, 1:] <= rows.logprobs_NK[:, :-1])
+    _refuse(
+        np.isnan(rows.logprobs_NK[:, 0]) | np.asarray(disorder_NK.any(axis=1)),
+        lambda t: f"kept logprobs {_brief(rows.logprobs_NK[t])} are not numbers in descending order",
+    )
     _refuse(
         ~(rows.actual_logprob_N <= TOLERANCE),
         lambda t: f"actual logprob is {rows.actual_logprob_N[t]}, not a log-probability",

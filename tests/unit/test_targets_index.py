@@ -1,0 +1,294 @@
+"""The batched index, resume from it, the run manifest and `inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from distill_ray import targets
+from distill_ray.errors import IntegrityError, UserError
+from distill_ray.lease import Lease, publish
+from distill_ray.schema import UnitSummary
+from distill_ray.storage import NotFoundError, open_storage
+from distill_ray.targets.index import MERGE_AT, UNITS_PER_OBJECT
+from tests.unit.targets_fakes import captured, dead_letter, identity, unit
+
+OF = identity(temperatures=(1.0,))
+FP = OF.fingerprint
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(str(tmp_path))
+
+
+def capture(storage, name: str, of=OF, seed: int = 0) -> UnitSummary:
+    u = unit(name, uri=f"corpus/{name}.jsonl")
+    data, summary = targets.encode_unit(of, u, *captured(of, seed=seed), [dead_letter(u)], 2.0)
+    storage.put(targets.unit_key(of, u.hash), data)
+    return summary
+
+
+def summary(i: int, **changes) -> UnitSummary:
+    arrays = {
+        "lengths": np.array([i + 2, 3], np.int32),
+        "supervised": np.array([1, 2], np.int32),
+        "doc_keys": np.array([2**64 - 1 - i, i], np.uint64),
+    }
+    scalars = {"object_bytes": 10 + i, "object_sha256": f"{i:064x}", "kept_mass_sum": i / 3, "dead": i % 2}
+    return dataclasses.replace(UnitSummary(unit=f"{i:032x}", teacher_seconds=i / 7, **arrays, **scalars), **changes)
+
+
+def assert_equal(a: UnitSummary, b: UnitSummary):
+    for field in dataclasses.fields(UnitSummary):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        np.testing.assert_array_equal(x, y)
+        assert getattr(x, "dtype", None) == getattr(y, "dtype", None)
+
+
+def index_keys(storage):
+    return [o.key for o in storage.list(f"targets/{FP}/index/")]
+
+
+def keys(summaries) -> set[str]:
+    return {s.unit for s in summaries}
+
+
+def test_summaries_come_back_from_the_index(storage):
+    none = summary(7, lengths=np.zeros(0, np.int32), supervised=np.zeros(0, np.int32), doc_keys=np.zeros(0, np.uint64))
+    added = [summary(i) for i in range(5)] + [none]
+    targets.append_index(storage, OF, added[:2])
+    targets.append_index(storage, FP, added[2:])
+    targets.append_index(storage, FP, [])
+    loaded = targets.load_index(storage, FP)
+    assert len(index_keys(storage)) == 2
+    assert loaded.keys() == keys(added)
+    for s in added:
+        assert_equal(loaded[s.unit], s)
+
+
+def test_an_empty_capture_has_an_empty_index(storage):
+    assert targets.load_index(storage, FP) == targets.done_units(storage, FP) == {}
+
+
+def test_of_a_unit_captured_twice_the_later_entry_counts(storage):
+    for sha in ("a" * 64, "b" * 64, "c" * 64):
+        targets.append_index(storage, FP, [summary(1, object_sha256=sha)])
+        assert targets.load_index(storage, FP)[summary(1).unit].object_sha256 == sha
+
+
+def test_small_index_objects_are_merged_and_large_ones_left_alone(storage):
+    large = [summary(i) for i in range(UNITS_PER_OBJECT)]
+    targets.append_index(storage, FP, large)
+    (large_key,) = index_keys(storage)
+    small = [summary(UNITS_PER_OBJECT + i) for i in range(3 * MERGE_AT)]
+    for s in small:
+        targets.append_index(storage, FP, [s])
+        assert len(index_keys(storage)) <= MERGE_AT
+    assert large_key in index_keys(storage)
+    loaded = targets.load_index(storage, FP)
+    assert loaded.keys() == keys(large + small)
+    assert_equal(loaded[small[0].unit], small[0])
+
+
+def test_merging_keeps_the_later_entry_of_a_unit(storage):
+    targets.append_index(storage, FP, [summary(1, object_sha256="a" * 64)])
+    big = [summary(i) for i in range(2, UNITS_PER_OBJECT + 2)]
+    targets.append_index(storage, FP, [summary(1, object_sha256="b" * 64), *big])
+    for i in range(MERGE_AT):  # rewrites the old entry into an object younger than the one of the new entry
+        targets.append_index(storage, FP, [summary(10_000 + i)])
+    assert targets.load_index(storage, FP)[summary(1).unit].object_sha256 == "b" * 64
+
+
+class VanishingStorage:
+    """Another driver merges the index between this one's listing and its reads."""
+
+    def __init__(self, storage, merge):
+        self._storage, self._merge, self.uri = storage, merge, storage.uri
+
+    def list(self, prefix):
+        return self._storage.list(prefix)
+
+    def get(self, key):
+        if self._merge:
+            self._merge.pop()()
+        return self._storage.get(key)
+
+
+def test_a_merge_by_another_driver_while_loading_loses_nothing(storage):
+    first = [summary(i) for i in range(MERGE_AT - 1)]
+    for s in first:
+        targets.append_index(storage, FP, [s])
+    racing = VanishingStorage(storage, [lambda: targets.append_index(storage, FP, [summary(99)])])
+    assert targets.load_index(racing, FP).keys() == keys([*first, summary(99)])
+
+
+def test_units_done_are_those_indexed_and_there(storage):
+    a, b = capture(storage, "a"), capture(storage, "b")
+    targets.append_index(storage, FP, [a, b])
+    problems = []
+    done = targets.done_units(storage, OF, report=problems.append)
+    assert done.keys() == {a.unit, b.unit}
+    assert_equal(done[a.unit], a)
+    assert not problems
+
+
+def test_an_object_that_no_index_names_is_verified_and_added(storage):
+    a, b = capture(storage, "a"), capture(storage, "b")
+    targets.append_index(storage, FP, [a])
+    done = targets.done_units(storage, FP)
+    assert_equal(done[b.unit], dataclasses.replace(b, teacher_seconds=0.0))
+    assert targets.load_index(storage, FP).keys() == {a.unit, b.unit}
+    before = index_keys(storage)
+    targets.done_units(storage, FP)
+    assert index_keys(storage) == before
+
+
+def test_vanished_truncated_and_flipped_objects_are_not_done(storage):
+    names = "gone", "cut", "unindexed-cut", "unindexed-flipped", "sound"
+    units = {name: capture(storage, name) for name in names}
+    targets.append_index(storage, FP, [units[n] for n in ("gone", "cut", "sound")])
+    storage.delete(targets.unit_key(FP, units["gone"].unit))
+    for name in ("cut", "unindexed-cut"):
+        key = targets.unit_key(FP, units[name].unit)
+        storage.put(key, storage.get(key)[:-100])
+    key = targets.unit_key(FP, units["unindexed-flipped"].unit)
+    data = bytearray(storage.get(key))
+    data[1000] ^= 1
+    storage.put(key, bytes(data))
+    problems = []
+    assert targets.done_units(storage, FP, report=problems.append).keys() == {units["sound"].unit}
+    assert len(problems) == 4
+    for name in names[:-1]:
+        assert sum(units[name].unit in p for p in problems) == 1
+
+
+def test_an_object_written_since_it_was_indexed_is_verified_again(storage):
+    size = capture(storage, "a", seed=2).object_bytes
+    a = dataclasses.replace(capture(storage, "a", seed=1), object_bytes=size)  # the size alone would not tell
+    targets.append_index(storage, FP, [a])
+    again = capture(storage, "a", seed=2)
+    assert targets.done_units(storage, FP)[a.unit].object_sha256 == again.object_sha256
+    assert targets.load_index(storage, FP)[a.unit].object_sha256 == again.object_sha256
+
+
+def test_an_object_copied_anew_keeps_its_entry(storage):
+    a = capture(storage, "a")
+    targets.append_index(storage, FP, [a])
+    key = targets.unit_key(FP, a.unit)
+    storage.put(key, storage.get(key))
+    assert_equal(targets.done_units(storage, FP)[a.unit], a)
+
+
+def test_a_broken_index_object_is_reported_and_made_anew(storage):
+    a = capture(storage, "a")
+    targets.append_index(storage, FP, [a])
+    (key,) = index_keys(storage)
+    storage.put(key, storage.get(key)[:-1])
+    problems = []
+    assert targets.load_index(storage, FP, report=problems.append) == {}
+    assert "truncated or altered" in problems[0]
+    assert targets.done_units(storage, FP, report=problems.append).keys() == {a.unit}
+    assert key not in index_keys(storage)
+    assert targets.load_index(storage, FP).keys() == {a.unit}
+
+
+RUN = "runs/demo/2026-W47"
+
+
+def manifest(storage, names=("a", "b"), publish_it=True):
+    units = [unit(n, uri=f"corpus/{n}.jsonl", multiplicity=i + 1) for i, n in enumerate(names)]
+    summaries = {s.unit: s for s in (capture(storage, n) for n in names)}
+    targets.append_index(storage, FP, summaries.values())
+    entry = targets.write_run_manifest(storage, f"{RUN}/targets.parquet", OF, units, summaries)
+    if publish_it:
+        with Lease.acquire(storage, RUN) as lease:
+            publish(storage, lease.token, "targets", entry)
+    return units, summaries, entry
+
+
+def test_a_run_manifest_comes_back(storage):
+    units, summaries, entry = manifest(storage, publish_it=False)
+    read = targets.read_run_manifest(storage, entry)
+    assert read.identity == OF
+    assert [u.unit for u in read.units] == sorted(summaries)
+    for u in read.units:
+        assert_equal(u.summary, summaries[u.unit])
+        (planned,) = [p for p in units if p.hash == u.unit]
+        assert (u.multiplicity, u.source) == (planned.multiplicity, planned.source.uri)
+    assert entry["rows"] == read.rows == sum(s.rows for s in summaries.values())
+    assert entry["sequences"] == read.sequences == 10
+    assert read.dead == entry["dead"] == 2
+    assert 0 < read.mean_kept_mass < 1
+
+
+def test_a_manifest_of_units_not_captured_is_refused(storage):
+    with pytest.raises(UserError, match="1 of 1 units are not captured"):
+        targets.write_run_manifest(storage, "m", OF, [unit()], {})
+
+
+def test_an_altered_or_missing_manifest_is_refused(storage):
+    _, _, entry = manifest(storage, publish_it=False)
+    storage.put(entry["key"], storage.get(entry["key"])[:-3])
+    with pytest.raises(IntegrityError, match=r"SHA-256 .* published as"):
+        targets.read_run_manifest(storage, entry)
+    storage.delete(entry["key"])
+    with pytest.raises(IntegrityError, match="published but gone"):
+        targets.read_run_manifest(storage, entry)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_inspect_describes_capture_unit_and_run(storage, tmp_path, verify):
+    _, summaries, _ = manifest(storage)
+    (first, *_) = summaries
+    rows = {"capture": 94, "unit": 47, "run": 94}
+    uris = {"capture": f"targets/{FP}", "unit": targets.unit_key(FP, first), "run": RUN}
+    for kind, uri in uris.items():
+        for form in (f"{tmp_path}/{uri}", f"{tmp_path}/{uri}/")[: 1 if kind == "unit" else 2]:
+            report = targets.inspect(form, verify)
+            assert (report.kind, report.rows, report.identity, report.problems) == (kind, rows[kind], OF, ())
+            assert report.verified == (verify or kind == "unit")
+            assert report.bytes_per_row == report.bytes / report.rows
+    text = report.render()
+    assert FP in text
+    assert "top 8, temperatures 1.0, codec 1" in text
+    assert "packed 28" in text
+    assert "problems        none" in text
+
+
+def test_inspect_lists_every_problem(storage, tmp_path):
+    _, summaries, _ = manifest(storage, names="abcd")
+    gone, cut, flipped, sound = sorted(summaries)
+    storage.delete(targets.unit_key(FP, gone))
+    data = storage.get(targets.unit_key(FP, cut))
+    storage.put(targets.unit_key(FP, cut), data[:-7])
+    data = bytearray(storage.get(targets.unit_key(FP, flipped)))
+    data[700] ^= 4
+    storage.put(targets.unit_key(FP, flipped), bytes(data))
+    for uri in (f"{tmp_path}/targets/{FP}", f"{tmp_path}/{RUN}"):
+        quick, full = targets.inspect(uri), targets.inspect(uri, verify=True)
+        assert [sum(u in p for p in quick.problems) for u in (gone, cut, flipped, sound)] == [1, 1, 0, 0]
+        assert [sum(u in p for p in full.problems) for u in (gone, cut, flipped, sound)] == [1, 1, 1, 0]
+        assert all(p in full.render() for p in full.problems)
+        assert full.identity == OF
+    capture(storage, "later")
+    assert any("1 objects are not in the index" in p for p in targets.inspect(f"{tmp_path}/targets/{FP}").problems)
+
+
+def test_inspect_says_what_is_wrong_with_the_uri(storage, tmp_path):
+    u = unit()
+    for uri, says in [
+        ("somewhere/else", "is neither <root>/targets/<fingerprint>"),
+        (f"targets/{FP}", "holds nothing"),
+        (f"targets/{FP}/{u.hash}.parquet", "check the URI"),
+        (RUN, "has published no targets"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            targets.inspect(f"{tmp_path}/{uri}")
+
+
+def test_a_missing_object_is_told_from_a_broken_one(storage):
+    with pytest.raises(NotFoundError):
+        targets.open_unit(storage, FP, unit().hash, object_bytes=500)
