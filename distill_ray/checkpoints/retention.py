@@ -1,0 +1,57 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from distill_ray.checkpoints.manifest import PUBLISHED_PREFIX, published_checkpoints, step_name
+from distill_ray.lease import LeaseToken
+from distill_ray.lease import publish as publish_entry
+from distill_ray.storage import Storage
+
+
+def prune(storage: Storage, token: LeaseToken, *, keep: int) -> list[int]:
+    """Drop all but the newest `keep` checkpoints and the best one, and folders that no record names.
+
+    A checkpoint is taken out of the lease record before its first object is deleted, so a kill in between leaves
+    garbage, never a broken checkpoint. Folders of this lease's own epoch are left alone: one may be in flight.
+
+    Returns:
+        Steps dropped.
+
+    Raises:
+        LeaseLostError: another driver owns the run.
+    """
+    entries = published_checkpoints(storage, token.run_prefix)
+    steps = sorted(entries)
+    kept = {*steps[-keep:], *_best(entries)}
+    dropped = [s for s in steps if s not in kept]
+    for step in dropped:
+        publish_entry(storage, token, PUBLISHED_PREFIX + step_name(step), None)
+        _delete_folder(storage, _folder(entries[step]))
+    _sweep(storage, token, {_folder(entries[s]) for s in kept})
+    return dropped
+
+
+def _best(entries: dict[int, dict[str, Any]]) -> list[int]:
+    finite = [s for s, e in entries.items() if math.isfinite(e["loss"])]
+    return [min(finite, key=lambda s: (entries[s]["loss"], -s))] if finite else []
+
+
+def _folder(entry: dict[str, Any]) -> str:
+    return str(entry["key"]).rpartition("/")[0]
+
+
+def _sweep(storage: Storage, token: LeaseToken, named: set[str]) -> None:
+    root = f"{token.run_prefix}/checkpoints/"
+    for info in list(storage.list(root)):
+        folder = info.key.rpartition("/")[0]
+        epoch = folder.rpartition("/e")[2]
+        if folder not in named and epoch.isdigit() and int(epoch) < token.epoch:
+            storage.delete(info.key)
+
+
+def _delete_folder(storage: Storage, folder: str) -> None:
+    for info in list(storage.list(folder + "/")):
+        storage.delete(info.key)

@@ -1,0 +1,94 @@
+"""Moving shards: every rank uploads its own, one rank publishes, every rank downloads and verifies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from distill_ray.checkpoints.manifest import PUBLISHED_PREFIX, Manifest, StoredFile, folder_key, step_name
+from distill_ray.errors import IntegrityError
+from distill_ray.lease import LeaseToken
+from distill_ray.lease import publish as publish_entry
+from distill_ray.storage import NotFoundError, Storage
+
+
+def upload(storage: Storage, token: LeaseToken, step: int, paths: Iterable[Path]) -> list[StoredFile]:
+    """Store one rank's files of the checkpoint of `step`; they count only once `publish` names them."""
+    prefix = folder_key(token.run_prefix, step, token.epoch)
+    stored = []
+    for path in paths:
+        # Hashed before it leaves the local disk: a body corrupted on its way is found when it is restored.
+        file = StoredFile(path.name, path.stat().st_size, _sha256(path))
+        storage.upload(path, f"{prefix}/{path.name}")
+        stored.append(file)
+    return stored
+
+
+def publish(
+    storage: Storage,
+    token: LeaseToken,
+    step: int,
+    files: Sequence[StoredFile],
+    *,
+    loss: float,
+    world_size: int,
+    zero_stage: int,
+) -> Manifest:
+    """Write the manifest over all ranks' files and publish it against the lease; called by one rank, last.
+
+    Raises:
+        LeaseLostError: another driver took the run over; nothing was published.
+        IntegrityError: two ranks wrote a file of the same name.
+    """
+    names = [f.name for f in files]
+    if len(set(names)) != len(names):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise IntegrityError(f"checkpoint of step {step}: several ranks wrote {', '.join(twice)}")
+    prefix = folder_key(token.run_prefix, step, token.epoch)
+    manifest = Manifest(step, token.epoch, loss, world_size, zero_stage, tuple(files), prefix)
+    data = manifest.to_json()
+    key = manifest.key_of("manifest.json")
+    storage.put(key, data)
+    entry = {
+        "key": key,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "step": step,
+        "loss": loss,
+        "world_size": world_size,
+        "zero_stage": zero_stage,
+    }
+    publish_entry(storage, token, PUBLISHED_PREFIX + step_name(step), entry)
+    return manifest
+
+
+def restore(storage: Storage, manifest: Manifest, names: Iterable[str], folder: Path) -> Path:
+    """Download the named files into `folder` and verify every one, before anything reads them.
+
+    Raises:
+        IntegrityError: a file is missing, unknown, short or altered. None of them may then be unpickled.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {f.name: f for f in manifest.files}
+    for name in names:
+        file = known.get(name)
+        if file is None:
+            raise IntegrityError(f"checkpoint of step {manifest.step} has no file {name}")
+        path = folder / name
+        try:
+            storage.download(manifest.key_of(name), path)
+        except NotFoundError:
+            raise IntegrityError(f"checkpoint of step {manifest.step}: {name} is missing") from None
+        size, found = path.stat().st_size, _sha256(path)
+        if (size, found) != (file.size, file.sha256):
+            path.unlink()
+            raise IntegrityError(
+                f"checkpoint of step {manifest.step}: {name} has {size} bytes and SHA-256 {found[:12]}…, but its "
+                f"manifest says {file.size} and {file.sha256[:12]}…"
+            )
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

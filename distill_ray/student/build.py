@@ -1,0 +1,159 @@
+"""The student before training: from a folder, from layers of the teacher, or random."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_ray.config import Recipe
+from distill_ray.errors import UserError
+from distill_ray.storage import stage_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def build_initial(recipe: Recipe, teacher_folder: Path) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """The student's causal language model with its first weights, on the CPU; the same on every rank.
+
+    Weights are float32 or bfloat16 by `train.precision`. Adapters are not added here (`add_lora`).
+
+    Args:
+        recipe: says where the student comes from (`[student]`), its precision and the seed of random weights.
+        teacher_folder: local Hugging Face folder of the teacher.
+
+    Returns:
+        The model and its text configuration.
+
+    Raises:
+        UserError: a layer the teacher does not have, a quantised teacher, or fewer embedding rows than tokens.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    trust = recipe.teacher.trust_remote_code
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    section = recipe.student
+    if section.model is not None:
+        model = _from_folder(stage_folder(section.model), dtype, trust)
+    elif section.teacher_layers is not None:
+        model = from_teacher_layers(teacher_folder, section.teacher_layers, dtype, trust)
+    else:
+        assert section.config is not None
+        model = _random(stage_folder(section.config), dtype, recipe.train.seed, trust)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder, trust_remote_code=trust)
+    _check_rows(model, len(tokenizer))
+    return model, model.config.get_text_config()
+
+
+def attention_implementation(config: PretrainedConfig) -> str:
+    """`eager` for a model that soft-caps attention logits (Gemma 2), which SDPA silently leaves out; else `sdpa`."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+
+
+def _from_folder(folder: Path, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=trust,
+        attn_implementation=attention_implementation(config),
+    )
+
+
+def _from_config(config: PretrainedConfig, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config.dtype = dtype
+    return AutoModelForCausalLM.from_config(
+        config,
+        dtype=dtype,
+        trust_remote_code=trust,
+        attn_implementation=attention_implementation(config),
+    )
+
+
+def _random(folder: Path, dtype: torch.dtype, seed: int, trust: bool) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _from_config(config, dtype, trust)
+
+
+def from_teacher_layers(
+    folder: Path, layers: tuple[int, ...], dtype: torch.dtype, trust: bool = False
+) -> PreTrainedModel:
+    """A student of the teacher's embeddings, final norm, head and the chosen layers, in the order given.
+
+    The model is built from a configuration with that many layers, so that every layer's own index and
+    per-layer setting is right, and the weights are copied by name.
+
+    Raises:
+        UserError: a layer out of range, or a teacher whose weights are quantised.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"student.teacher_layers: the teacher in {folder} is quantised, and its layers cannot be trained as they "
+            "are; give an unquantised folder as student.model"
+        )
+    depth = config.get_text_config().num_hidden_layers
+    wrong = [i for i in layers if not 0 <= i < depth]
+    if wrong or not layers:
+        raise UserError(
+            f"student.teacher_layers={list(layers)}: the teacher has layers 0 … {depth - 1}; choose among these"
+        )
+    teacher = _from_folder(folder, dtype, trust)
+    student = _from_config(cut_config(config, layers), dtype, trust)
+    source = teacher.state_dict()
+    pattern = re.compile(rf"^({re.escape(_layer_prefix(teacher, depth))}\.)(\d+)(\..*)$")
+    wanted = {name: pattern.sub(lambda m: f"{m[1]}{layers[int(m[2])]}{m[3]}", name) for name in student.state_dict()}
+    student.load_state_dict({name: source[origin] for name, origin in wanted.items()}, strict=True)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student
+
+
+def cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> PretrainedConfig:
+    """The configuration with only `layers`; lists with one entry per layer (`layer_types`, …) are cut alike."""
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == depth and name in vars(text):
+            setattr(text, name, [value[i] for i in layers])
+    text.num_hidden_layers = len(layers)
+    return cut
+
+
+def _layer_prefix(model: PreTrainedModel, depth: int) -> str:
+    """Name of the module list that holds the decoder layers."""
+    from torch import nn
+
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    outer = [n for n in names if not any(n.startswith(other + ".") for other in names)]
+    if len(outer) != 1:
+        raise UserError(
+            f"student.teacher_layers: cannot tell the decoder layers of {type(model).__name__} ({len(outer)} lists of "
+            f"{depth} modules); cut the model yourself and give its folder as student.model"
+        )
+    return outer[0]
+
+
+def _check_rows(model: PreTrainedModel, vocab_size: int) -> None:
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if rows < vocab_size:
+        raise UserError(
+            f"the student has {rows} embedding rows, but the teacher's tokenizer has {vocab_size} tokens: the "
+            "vocabularies differ; use a student of the same tokenizer (more, padded rows are fine)"
+        )

@@ -1,0 +1,211 @@
+"""DeepSpeed around the student: ZeRO 1/2/3, exact global normalisation, save, load, consolidated weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from distill_ray.config.sections import TrainSection
+from distill_ray.errors import DistillError, UserError
+from distill_ray.student.module import DistillModule
+from distill_ray.student.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from distill_ray.ingest import PackedBatch
+
+_TAG = "state"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over all supervised tokens of one global batch, the same on every rank."""
+
+    loss: float
+    kl_t: float
+    kl_t1: float
+    ce: float
+    kept_mass: float
+    top1_agreement: float
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Supervised tokens of the global batch."""
+    flags: int
+    """Sum of the `flag` arguments over ranks: how ranks agree on a stop without another collective."""
+
+
+def engine_config(section: TrainSection, micro_steps: int) -> dict[str, Any]:
+    """DeepSpeed's configuration; the optimizer and the schedule are given to it from outside."""
+    zero: dict[str, Any] = {"stage": section.zero_stage}
+    if section.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": section.use_gpu}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": section.clip_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": section.precision == "bf16"},
+        # Sums over micro-batches and ranks in float32, whatever the weights are.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+class StudentEngine:
+    """One rank's view of the training engine. torch.distributed is already initialised.
+
+    Every rank calls every method, in the same order.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, module: DistillModule, section: TrainSection, device: torch.device):
+        self._engine, self._module, self._section, self.device = engine, module, section, device
+        self._optimizer: Any = engine.optimizer
+        self.world = torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+
+    @classmethod
+    def start(cls, module: DistillModule, section: TrainSection, *, micro_steps: int) -> Self:
+        """Wrap `module`; its weights are partitioned by the ZeRO stage from here on.
+
+        Args:
+            module: the same weights on every rank.
+            section: optimizer, precision, ZeRO stage, offload.
+            micro_steps: forward passes of one full global batch on one rank.
+        """
+        if not section.use_gpu:
+            # DeepSpeed chooses its accelerator at import; on a machine with GPUs it would choose them.
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        # A rank sees its own GPU only as Ray lends it, so the current device is the right one.
+        device = torch.device("cuda", torch.cuda.current_device()) if section.use_gpu else torch.device("cpu")
+        deepspeed.init_distributed("nccl" if section.use_gpu else "gloo")
+        module.to(device)
+        module.train()
+        optimizer = torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=section.learning_rate,
+            betas=section.betas,
+            weight_decay=section.weight_decay,
+        )
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=engine_config(section, micro_steps),
+            dist_init_required=False,
+        )
+        return cls(engine, module, section, device)
+
+    def train_step(self, batches: Iterator[PackedBatch], steps: int, flag: int = 0) -> StepResult:
+        """One optimizer step: takes micro-batches up to and including the step's last.
+
+        Args:
+            batches: this rank's micro-batches; every rank's step has as many.
+            steps: optimizer steps of the run, for the learning rate.
+            flag: summed over ranks into the result.
+
+        Raises:
+            DistillError: the batch does not hold what was planned.
+        """
+        sums = torch.zeros(8, dtype=torch.float64, device=self.device)
+        while True:
+            batch = next(batches)
+            if batch.micro == 0:
+                self._set_lr(learning_rate(batch.step, steps, self._section))
+            # Said aloud, not left to its counter: the last global batch may have fewer micro-batches.
+            self._engine.set_gradient_accumulation_boundary(batch.last)
+            part = self._engine(batch.to(self.device))
+            # DeepSpeed averages gradients over ranks; times the world size that is their sum. Dividing each
+            # micro-batch by its own count instead would weigh its tokens by how they were packed.
+            self._engine.backward(part[0].float() * (self.world / batch.supervised), scale_wrt_gas=False)
+            sums[:7] += part.detach()
+            if batch.last:
+                break
+        self._engine.step()
+        sums[7] = flag
+        torch.distributed.all_reduce(sums)
+        return self._result(sums, batch)
+
+    def _set_lr(self, lr: float) -> None:
+        # The ZeRO wrapper shares these groups with the AdamW it wraps.
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def _result(self, sums: Tensor, batch: PackedBatch) -> StepResult:
+        *parts, count, flags = sums.tolist()
+        planned = batch.supervised
+        if int(count) != planned:
+            raise DistillError(
+                f"step {batch.step} was planned with {planned} supervised tokens and held {int(count)}: the run "
+                "manifest and the stored targets disagree; run `distill-ray inspect --verify` on the targets"
+            )
+        loss, kl_t, kl_t1, ce, kept, agree = (x / planned for x in parts)
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        lr = float(self._optimizer.param_groups[0]["lr"])
+        return StepResult(loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned, int(flags))
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's part of the state under `folder`, which no other rank shares; returns its files."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        return sorted(p for p in (folder / _TAG).iterdir() if p.is_file())
+
+    @staticmethod
+    def needed(names: Sequence[str], rank: int) -> list[str]:
+        """Of all ranks' file names, those that `rank` loads: its own shards and what is common."""
+        return [n for n in names if "zero_pp_rank_" not in n or f"zero_pp_rank_{rank}_" in n]
+
+    @staticmethod
+    def place(folder: Path) -> Path:
+        """Where under `folder` the needed files must lie for `load`."""
+        return folder / _TAG
+
+    def load(self, folder: Path) -> None:
+        """Take up the state saved at the same world size and ZeRO stage. Only for a freshly started engine."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise DistillError(f"no DeepSpeed state under {folder}; the checkpoint is not whole")
+
+    def export_state(self) -> dict[str, Tensor] | None:
+        """All weights on rank 0's CPU in their training type, by their Hugging Face names; None on other ranks."""
+        import deepspeed
+
+        state: dict[str, Tensor] = {}
+        stage3 = self._section.zero_stage == 3
+        for name, tensor in _named_state(self._module):
+            params = [tensor] if stage3 and isinstance(tensor, torch.nn.Parameter) else []
+            with deepspeed.zero.GatheredParameters(params, modifier_rank=None):
+                if self.rank == 0:
+                    state[self._module.hub_name(name)] = tensor.detach().cpu().clone()
+        return state if self.rank == 0 else None
+
+
+def check_resumable(saved_world: int, saved_stage: int, world: int, section: TrainSection, step: int) -> None:
+    """Refuse a checkpoint of another world size or ZeRO stage.
+
+    Raises:
+        UserError: with both numbers and the remedy.
+    """
+    if (saved_world, saved_stage) != (world, section.zero_stage):
+        raise UserError(
+            f"the checkpoint of step {step} was saved by {saved_world} workers at ZeRO stage {saved_stage}; this command "
+            f"has {world} workers at stage {section.zero_stage}. Resume with train.workers = {{ min = {saved_world}, max = "
+            f"{saved_world} }} and train.zero_stage = {saved_stage}, or start a new --version"
+        )
+
+
+def _named_state(module: DistillModule) -> list[tuple[str, Tensor]]:
+    """Parameters (a tied one under both its names) and persistent buffers, in a fixed order."""
+    parameters = list(module.named_parameters(remove_duplicate=False))
+    kept = set(module.state_dict(keep_vars=True))
+    return parameters + [(n, b) for n, b in module.named_buffers() if n in kept]

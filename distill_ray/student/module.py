@@ -1,0 +1,156 @@
+"""Body and head loss as one module, so that DeepSpeed's hooks see every weight that is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from distill_ray.config.sections import LossSection
+from distill_ray.errors import UserError
+from distill_ray.ingest import PackedBatch, attention_mask
+from distill_ray.losses import LossSpec, SparseTargets, head_loss, project
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def loss_spec(config: PretrainedConfig, vocab_size: int, loss: LossSection) -> LossSpec:
+    """The loss of the recipe with what the student's head does to its logits (soft-cap, scale).
+
+    Args:
+        config: the student's text configuration.
+        vocab_size: real vocabulary of the targets.
+        loss: the recipe's section.
+    """
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return LossSpec(
+        vocab_size=vocab_size,
+        temperature=loss.temperature,
+        hard_label_weight=loss.hard_label_weight,
+        objective=loss.objective,
+        logit_scale=scale / divisor,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+class HeadLoss(nn.Module):
+    """The head's weight and the loss on it.
+
+    It holds the Parameter itself: ZeRO-3 gathers the direct parameters of a module before its forward, and a weight
+    reached through another module would still be an empty shard. A weight tied to the embedding is the same
+    Parameter object in both places, so its gradient arrives once, as the sum of both uses.
+    """
+
+    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, spec: LossSpec) -> None:
+        super().__init__()
+        self.weight = weight_VD
+        self.bias = bias_V
+        self.spec = spec
+
+    def forward(self, hidden_ND: Tensor, targets: SparseTargets) -> Tensor:
+        """float64 [7]: `LossSums.metrics()`, whose entry 0, the objective, carries the gradient."""
+        sums = head_loss(hidden_ND, self.weight, self.bias, targets, self.spec)
+        # One tensor, not a dataclass: ZeRO-3's pre-backward hook finds tensors in tuples and dicts only.
+        return torch.cat([sums.objective_sum.double()[None], sums.metrics()[1:]])
+
+
+class DistillModule(nn.Module):
+    """A causal language model without its head's logits: packed batch in, sums of the loss out.
+
+    Args:
+        model: the student as Hugging Face made it (adapters included).
+        spec: the loss.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: LossSpec) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UserError(
+                f"{type(model).__name__} has no linear output head; choose a causal language model as student"
+            )
+        self.config = model.config.get_text_config()
+        self._body_prefix = model.base_model_prefix + "."
+        self._head_prefix = _name_of(model, head) + "."
+        self._eager = model.config._attn_implementation == "eager"
+        _check_head(model, head, spec)
+        self.body = model.base_model
+        self.head = HeadLoss(head.weight, head.bias, spec)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Sums over the supervised rows of this batch, float64 [7] in the order of `LossSums.metrics()`."""
+        return self.head(self.hidden_rows(batch), batch.targets)
+
+    def hidden_rows(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states [N, D] of the supervised rows: what the head is applied to."""
+        hidden_BTD = self.body(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=self._masks(batch.document_ids),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_BTD.flatten(0, 1)[batch.rows]
+
+    def hub_name(self, name: str) -> str:
+        """The Hugging Face model's name of one of this module's weights."""
+        if name.startswith("body."):
+            return self._body_prefix + name.removeprefix("body.")
+        return self._head_prefix + name.removeprefix("head.")
+
+    def _masks(self, document_ids: Tensor) -> Tensor | dict[str, Tensor]:
+        """Block-causal masks; one for each kind of layer where some attend to a sliding window only."""
+        full = attention_mask(document_ids)
+        window = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        length = document_ids.shape[1]
+        if window is None or window >= length:
+            return self._as_model_wants(full)
+        # An explicit mask replaces the model's own, its sliding window included.
+        near = torch.ones(length, length, dtype=torch.bool, device=full.device).triu(1 - window)
+        masks = {"full_attention": full, "sliding_attention": full & near}
+        if not kinds:
+            return self._as_model_wants(masks["sliding_attention"])
+        return {kind: self._as_model_wants(masks[kind]) for kind in kinds}
+
+    def _as_model_wants(self, mask: Tensor) -> Tensor:
+        if not self._eager:
+            return mask
+        # Eager attention adds the mask to the scores; a boolean one would shift them by 1.
+        dtype = self.head.weight.dtype
+        lowest = torch.finfo(dtype).min
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, m in model.named_modules() if m is module)
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, head: nn.Linear, spec: LossSpec) -> None:
+    """Refuse a model whose logits are not what `project` makes of its hidden states.
+
+    An unknown soft-cap, scale or norm between body and head would otherwise train towards the wrong distribution.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(8, device=head.weight.device)[None] % spec.vocab_size
+    hidden_TD = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    expected = model(input_ids=ids, use_cache=False).logits[0, :, : spec.vocab_size].float()
+    model.train(was_training)
+    got = project(
+        hidden_TD,
+        head.weight,
+        head.bias,
+        vocab_size=spec.vocab_size,
+        logit_scale=spec.logit_scale,
+        softcap=spec.softcap,
+    )
+    gap = float((got - expected).abs().max())
+    if gap > 0.02 * float(expected.abs().max()) + 1e-6:
+        raise UserError(
+            f"{type(model).__name__}: logits from its hidden states and head differ from its own by {gap:.3g}; it does "
+            "something to its logits that distill_ray does not know, and cannot be a student"
+        )

@@ -1,0 +1,52 @@
+"""Reading back the trained student that a run has published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill_ray.errors import IntegrityError
+from distill_ray.storage import NotFoundError, Storage, stage_folder
+
+_REMEDY = "run `distill-ray train` again: it goes on from the last checkpoint and writes the folder anew"
+
+
+def stage_student(storage: Storage, entry: Mapping[str, Any]) -> Path:
+    """A local folder with the published student, every file checked before anything loads it.
+
+    Args:
+        storage: the run's root.
+        entry: "student" of the lease record: the manifest's key and SHA-256.
+
+    Raises:
+        IntegrityError: the manifest or a file is missing, short or altered.
+    """
+    try:
+        data = storage.get(entry["key"])
+    except NotFoundError:
+        raise IntegrityError(f"{storage.uri}/{entry['key']} is missing; {_REMEDY}") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry["sha256"]:
+        raise IntegrityError(
+            f"{storage.uri}/{entry['key']} has SHA-256 {found[:12]}…, published was {entry['sha256'][:12]}…; {_REMEDY}"
+        )
+    uri = f"{storage.uri}/{entry['key'].rpartition('/')[0]}"
+    folder = stage_folder(uri)
+    for file in json.loads(data)["files"]:
+        _check(folder / file["name"], file["size"], file["sha256"], f"{uri}/{file['name']}")
+    return folder
+
+
+def _check(path: Path, size: int, sha256: str, uri: str) -> None:
+    if not path.exists():
+        raise IntegrityError(f"{uri} is missing; {_REMEDY}")
+    got = path.stat().st_size
+    if got != size:
+        raise IntegrityError(f"{uri} has {got} bytes, its manifest says {size}; {_REMEDY}")
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sha256:
+        raise IntegrityError(f"{uri} has SHA-256 {found[:12]}…, its manifest says {sha256[:12]}…; {_REMEDY}")

@@ -1,0 +1,71 @@
+"""What driver and workers tell each other during training: a small actor beside the driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class News:
+    """What happened since the driver last asked."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Board:
+    """Rank 0 posts steps and learns of a stop; any rank posts the error that ends the run."""
+
+    def __init__(self) -> None:
+        self._news = News()
+        self._stop = False
+        self._error: Exception | None = None
+        self._final = False
+        self._started = False
+
+    def start(self, step: int) -> None:
+        """The workers are ready and go on from `step`."""
+        self._started = True
+        self._news.steps.append({"start": step})
+
+    def post(self, line: dict[str, float]) -> bool:
+        """One finished step; answers whether to stop."""
+        self._news.steps.append(line)
+        return self._stop
+
+    def note(self, text: str) -> None:
+        """A sentence for the user."""
+        self._news.notes.append(text)
+
+    def fail(self, error: Exception, final: bool) -> None:
+        """A worker's error; a `final` one must not be tried again."""
+        if not self._final:
+            self._error, self._final = error, final
+
+    def final_error(self) -> bool:
+        """Whether a restarted worker group must give up at once."""
+        return self._final
+
+    def ask_stop(self) -> bool:
+        """The driver wants the workers to save and return; answers whether they have started."""
+        self._stop = True
+        return self._started
+
+    def drain(self) -> News:
+        """News since the last call."""
+        news, self._news = self._news, News()
+        return news
+
+    def error(self) -> tuple[Exception | None, bool]:
+        """The last error posted and whether it is final."""
+        return self._error, self._final
+
+
+def start_board() -> Any:
+    """The actor, on the driver's own node: it lives as long as the driver does."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()

@@ -1,0 +1,156 @@
+"""The driver's side of training: start the worker group, relay its progress, stop it, name its error."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import uuid
+from typing import Any
+
+from distill_ray.config import Recipe
+from distill_ray.errors import DistillError, StoppedError
+from distill_ray.lease import LeaseToken
+from distill_ray.storage import Storage
+from distill_ray.targets import RunManifest
+from distill_ray.telemetry import Progress
+from distill_ray.train.board import News, start_board
+from distill_ray.train.result import published_student
+from distill_ray.train.worker import Job, make_plan, work
+
+_SHOWN = ("loss", "kl_t1", "lr")
+
+
+def run(
+    recipe: Recipe,
+    storage: Storage,
+    manifest: RunManifest,
+    token: LeaseToken,
+    stop: threading.Event,
+    progress: type[Progress] = Progress,
+    *,
+    stop_grace_s: float = 300.0,
+) -> dict[str, Any]:
+    """Train the student and publish it; goes on from the newest whole checkpoint. Ray is already connected.
+
+    Args:
+        recipe: the run.
+        storage: under the recipe's root.
+        manifest: the targets of this run.
+        token: of the run's lease; every checkpoint and the result are published against it.
+        stop: set it to save a checkpoint and stop.
+        progress: makes the progress display.
+        stop_grace_s: seconds that workers get to finish their step and save, after `stop`.
+
+    Returns:
+        The lease record's entry "student" {key, sha256, step}; at once if it is already published and whole.
+
+    Raises:
+        StoppedError: `stop` was set; the run goes on from its last checkpoint.
+        LeaseLostError: another driver took the run over.
+        UserError: the recipe does not fit the targets, the hardware or the checkpoint.
+        DistillError: the worker group failed more than `train.max_failures` times.
+    """
+    found = published_student(storage, token.run_prefix)
+    if found is not None:
+        return found
+    steps = make_plan(recipe, manifest).steps
+    board = start_board()
+    fit = _Fit(Job(recipe, storage, manifest, token, board))
+    with progress("train", steps, "steps") as shown:
+        _watch(fit, board, shown, stop, stop_grace_s)
+    return _outcome(recipe, storage, token, board, fit, stop)
+
+
+class _Fit:
+    """`TorchTrainer.fit` in a thread: in the main thread it would take the Ctrl-C handler away from the command."""
+
+    def __init__(self, job: Job) -> None:
+        self.error: Exception | None = None
+        self._job = job
+        self.thread = threading.Thread(target=self._run, name="train-fit", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        from ray.exceptions import RayError
+        from ray.train import TrainingFailedError
+
+        with tempfile.TemporaryDirectory(prefix="distill-ray-train-") as folder:
+            try:
+                _trainer(self._job, folder).fit()
+            except (TrainingFailedError, RayError) as error:
+                self.error = error
+
+
+def _trainer(job: Job, folder: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    train = job.recipe.train
+    resources = {"CPU": 1.0, "GPU": 1.0} if train.use_gpu else {"CPU": 1.0}
+    # Ray Train keeps only its own notes here; checkpoints go to storage by our manifests. A fresh name each time: the
+    # notes of a killed driver must not speak to this one.
+    name = f"{job.recipe.name}-{job.recipe.version}-e{job.token.epoch}-{uuid.uuid4().hex[:8]}"
+    return TorchTrainer(
+        work,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=train.workers.max, use_gpu=train.use_gpu, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        run_config=RunConfig(
+            name=name, storage_path=folder, failure_config=FailureConfig(max_failures=train.max_failures)
+        ),
+    )
+
+
+def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_s: float) -> None:
+    """Relay news until the trainer is done, or until workers asked to stop have had their time."""
+    import ray
+
+    position, asked_at = 0, None
+    while fit.thread.is_alive():
+        fit.thread.join(0.2)
+        position = _relay(ray.get(board.drain.remote()), shown, position)
+        if not stop.is_set():
+            continue
+        started = ray.get(board.ask_stop.remote())
+        asked_at = asked_at or time.monotonic()
+        if not started or time.monotonic() - asked_at > grace_s:
+            return
+    _relay(ray.get(board.drain.remote()), shown, position)
+
+
+def _relay(news: News, shown: Progress, position: int) -> int:
+    for text in news.notes:
+        shown.note(text)
+    for line in news.steps:
+        if "start" in line:
+            # A restarted group goes back to its checkpoint; so does the bar.
+            shown.advance(int(line["start"]) - position)
+            position = int(line["start"])
+        else:
+            shown.advance(1, **{name: line[name] for name in _SHOWN})
+            position += 1
+    return position
+
+
+def _outcome(
+    recipe: Recipe, storage: Storage, token: LeaseToken, board: Any, fit: _Fit, stop: threading.Event
+) -> dict[str, Any]:
+    import ray
+
+    error, final = ray.get(board.error.remote())
+    if error is not None and final:
+        raise error
+    found = published_student(storage, token.run_prefix)
+    if found is not None:
+        return found
+    if stop.is_set():
+        raise StoppedError("training was stopped; the same command goes on from the last checkpoint")
+    if error is not None:
+        raise error
+    raise DistillError(
+        f"training failed {recipe.train.max_failures + 1} time(s) (train.max_failures={recipe.train.max_failures}): "
+        f"{fit.error}"
+    ) from fit.error

@@ -1,0 +1,80 @@
+"""Finding the newest checkpoint that every rank could restore."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_ray import checkpoints
+from distill_ray.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from distill_ray.student import StudentEngine
+    from distill_ray.train.worker import Job
+
+HISTORY_FILE = "metrics.jsonl"
+
+
+def restore_newest(job: Job, engine: StudentEngine) -> tuple[int, list[dict[str, float]]]:
+    """Load the newest whole checkpoint into `engine`, the same on every rank.
+
+    Rank 0 chooses. If any rank finds one of its files missing or altered, all of them go back one checkpoint, before
+    anything was unpickled.
+
+    Returns:
+        Optimizer steps done, and the metrics lines of those steps; (0, []) without a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another world size or ZeRO stage.
+    """
+    import torch.distributed as dist
+
+    from distill_ray.student import check_resumable
+
+    broken: set[int] = set()
+    while True:
+        choice: list[checkpoints.Manifest | None] = [None]
+        if engine.rank == 0:
+            choice[0] = checkpoints.latest_whole(
+                job.storage, job.token.run_prefix, say=lambda text: _say(job, text), exclude=broken
+            )
+        dist.broadcast_object_list(choice, src=0)
+        manifest = choice[0]
+        if manifest is None:
+            return 0, []
+        check_resumable(manifest.world_size, manifest.zero_stage, engine.world, job.recipe.train, manifest.step)
+        with tempfile.TemporaryDirectory(prefix="distill-ray-restore-") as folder:
+            problems = [p for p in _everyones_problem(job, engine, manifest, Path(folder)) if p]
+            if not problems:
+                engine.load(Path(folder))
+                lines = (engine.place(Path(folder)) / HISTORY_FILE).read_text().splitlines()
+                return manifest.step, [json.loads(line) for line in lines]
+        broken.add(manifest.step)
+        if engine.rank == 0:
+            _say(
+                job, f"checkpoint of step {manifest.step} is broken and not used: {problems[0]}; trying the one before"
+            )
+
+
+def _everyones_problem(
+    job: Job, engine: StudentEngine, manifest: checkpoints.Manifest, folder: Path
+) -> list[str | None]:
+    import torch.distributed as dist
+
+    mine: str | None = None
+    try:
+        names = engine.needed([f.name for f in manifest.files], engine.rank)
+        checkpoints.restore(job.storage, manifest, names, engine.place(folder))
+    except IntegrityError as error:
+        mine = str(error)
+    problems: list[str | None] = [None] * engine.world
+    dist.all_gather_object(problems, mine)
+    return problems
+
+
+def _say(job: Job, text: str) -> None:
+    import ray
+
+    ray.get(job.board.note.remote(text))

@@ -1,0 +1,220 @@
+"""The function every training worker runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from distill_ray import checkpoints
+from distill_ray.config import Recipe
+from distill_ray.errors import DistillError, UserError
+from distill_ray.ingest import BatchPlan, PackLoader, build_plan, rank_micro_batches
+from distill_ray.lease import LeaseToken
+from distill_ray.storage import Storage, StorageError, stage_folder
+from distill_ray.targets import RunManifest
+from distill_ray.train.restoring import HISTORY_FILE, restore_newest
+from distill_ray.train.result import publish_student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from distill_ray.student import StepResult, StudentEngine
+
+T = TypeVar("T")
+_HISTORY_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs; travels to it once."""
+
+    recipe: Recipe
+    storage: Storage
+    manifest: RunManifest
+    token: LeaseToken
+    board: Any
+    """Handle of the `Board` actor."""
+
+
+def make_plan(recipe: Recipe, manifest: RunManifest) -> BatchPlan:
+    """Every training batch of the run; the same on every worker and after every resume."""
+    train = recipe.train
+    return build_plan(
+        manifest,
+        holdout=recipe.corpus.holdout,
+        split="train",
+        seed=train.seed,
+        epochs=train.epochs,
+        pack_tokens=train.pack_tokens,
+        packs_per_batch=train.packs_per_batch,
+    )
+
+
+def work(config: dict[str, Job]) -> None:
+    """Ray Train's entry point on each worker. Errors that a retry cannot mend are marked final on the board."""
+    import ray
+
+    job = config["job"]
+    if ray.get(job.board.final_error.remote()):
+        return
+    try:
+        _Run(job).run()
+    except DistillError as error:
+        # A store that does not answer may answer the restarted group; a wrong recipe or a lost lease stays so.
+        ray.get(job.board.fail.remote(error, not isinstance(error, StorageError)))
+        raise
+
+
+class _Run:
+    """One worker's run: restore, iterate, loss, step, save."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+        from ray import train as ray_train
+
+        context = ray_train.get_context()
+        self.job, self.recipe, self.storage, self.token = job, job.recipe, job.storage, job.token
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        if not self.recipe.train.use_gpu:
+            # The same number in every run on this machine: it decides the order of sums.
+            cpus = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
+        self.plan = make_plan(self.recipe, job.manifest)
+        self.history: list[dict[str, float]] = []
+        self._stored_at = time.monotonic()
+
+    def run(self) -> None:
+        """Restore, train to the end of the plan or to a stop, save or publish."""
+        import ray
+
+        teacher_folder = stage_folder(self.recipe.teacher.model)
+        engine, model = self._start(teacher_folder)
+        start, self.history = restore_newest(self.job, engine)
+        if self.rank == 0:
+            ray.get(self.job.board.start.remote(start))
+        stop = False
+        with self._batches(start) as batches:
+            for step in range(start, self.plan.steps):
+                begun = time.perf_counter()
+                result = engine.train_step(batches, self.plan.steps, flag=int(stop))
+                stop = self._record(step, result, time.perf_counter() - begun)
+                done = step + 1 == self.plan.steps
+                if not done and (result.flags or (step + 1) % self.recipe.train.checkpoint_every == 0):
+                    self._save(engine, step + 1)
+                if result.flags and not done:
+                    return
+        self._finish(engine, model, teacher_folder)
+
+    def _start(self, teacher_folder: Path) -> tuple[StudentEngine, PreTrainedModel]:
+        from distill_ray.student import DistillModule, StudentEngine, add_lora, build_initial, loss_spec
+
+        recipe, train = self.recipe, self.recipe.train
+        model, config = build_initial(recipe, teacher_folder)
+        module = DistillModule(model, loss_spec(config, self.job.manifest.identity.vocab_size, recipe.loss))
+        if recipe.student.lora:
+            add_lora(model, recipe.student.lora, train.seed)
+        if train.gradient_checkpointing:
+            # The reentrant kind would need inputs that require gradients, which frozen embeddings do not give.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        full = rank_micro_batches([()] * train.packs_per_batch, self.rank, self.world, train.micro_batch_packs)
+        return StudentEngine.start(module, train, micro_steps=len(full)), model
+
+    def _batches(self, start: int) -> PackLoader:
+        return PackLoader(
+            self.storage,
+            self.job.manifest.identity,
+            self.plan,
+            temperature=self.recipe.loss.temperature,
+            rank=self.rank,
+            world=self.world,
+            micro_batch_packs=self.recipe.train.micro_batch_packs,
+            start_step=start,
+        )
+
+    def _record(self, step: int, result: StepResult, seconds: float) -> bool:
+        """Keep the step's line; on rank 0 also tell the driver, and answer whether it wants to stop."""
+        import ray
+
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss of step {step} is {result.loss}; lower "
+                f"train.learning_rate={self.recipe.train.learning_rate} or "
+                'use train.precision = "fp32", and give a new --version'
+            )
+        line = {"step": step, **asdict(result), "seconds": round(seconds, 6)}
+        del line["flags"]
+        self.history.append(line)
+        if self.rank != 0:
+            return False
+        if time.monotonic() - self._stored_at > _HISTORY_EVERY_S:
+            self._store_history()
+        return bool(ray.get(self.job.board.post.remote(line)))
+
+    def _save(self, engine: StudentEngine, step: int) -> None:
+        import torch.distributed as dist
+
+        with tempfile.TemporaryDirectory(prefix="distill-ray-save-") as folder:
+            paths = engine.save(Path(folder))
+            if self.rank == 0:
+                paths.append(Path(folder) / HISTORY_FILE)
+                paths[-1].write_bytes(self._lines())
+            stored = checkpoints.upload(self.storage, self.token, step, paths)
+        everyone: list[list[checkpoints.StoredFile]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(everyone, stored)
+        self._on_rank_0(lambda: self._publish(step, [f for files in everyone for f in files]))
+
+    def _publish(self, step: int, files: list[checkpoints.StoredFile]) -> None:
+        train = self.recipe.train
+        recent = [line["loss"] for line in self.history[-train.checkpoint_every :]]
+        loss = sum(recent) / len(recent)
+        checkpoints.publish(
+            self.storage,
+            self.token,
+            step,
+            files,
+            loss=loss,
+            world_size=self.world,
+            zero_stage=train.zero_stage,
+        )
+        self._store_history()
+        checkpoints.prune(self.storage, self.token, keep=train.keep_checkpoints)
+
+    def _finish(self, engine: StudentEngine, model: PreTrainedModel, teacher_folder: Path) -> None:
+        state = engine.export_state()
+
+        def publish_all() -> None:
+            assert state is not None
+            self._store_history()
+            publish_student(self.job, model, state, teacher_folder, self.plan.steps)
+
+        self._on_rank_0(publish_all)
+
+    def _on_rank_0(self, act: Callable[[], T]) -> T:
+        """Rank 0 acts, all ranks get its answer or its error: none is left waiting in a collective."""
+        import torch.distributed as dist
+
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = act()
+            except DistillError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def _lines(self) -> bytes:
+        return b"".join(json.dumps(line).encode() + b"\n" for line in self.history)
+
+    def _store_history(self) -> None:
+        # The whole object each time: after a resume it holds the restored lines and those redone, none twice.
+        self.storage.put(f"{self.token.run_prefix}/{HISTORY_FILE}", self._lines())
+        self._stored_at = time.monotonic()
