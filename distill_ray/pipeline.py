@@ -17,10 +17,13 @@ from distill_ray import capture, corpus, evaluate, export, targets, teacher, tra
 from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import UserError
 from distill_ray.lease import Lease, LeaseToken, publish, read_published
+from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import ray_session
-from distill_ray.status import PUBLISHED_BY, STAGES
 from distill_ray.storage import Storage, open_storage, stage_folder
 from distill_ray.telemetry import Progress
+
+
+STAGES = tuple(ARTEFACT_OF)
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,11 @@ def run(
     stop = stop or threading.Event()
     storage = open_storage(recipe.storage.root)
     identity = run_identity(recipe)
-    _same_run(recipe, identity, read_published(storage, recipe.run_prefix).get("identity"))
+    _same_run(recipe, storage, identity)
     wanted = STAGES[: STAGES.index(until) + 1]
     if not is_done(recipe, until):
         with Lease.acquire(storage, recipe.run_prefix) as lease, ray_session(address):
+            _same_run(recipe, storage, identity)  # another driver may have begun the run since
             publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
             for stage in wanted:
                 on_stage(stage)
@@ -81,7 +85,7 @@ def run(
 def is_done(recipe: Recipe, until: str = "export") -> bool:
     """Whether every stage up to `until` has published its artefact."""
     published = read_published(open_storage(recipe.storage.root), recipe.run_prefix)
-    return all(PUBLISHED_BY[stage] in published for stage in STAGES[: STAGES.index(until) + 1])
+    return all(ARTEFACT_OF[stage] in published for stage in STAGES[: STAGES.index(until) + 1])
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
@@ -99,7 +103,8 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(identity))
 
 
-def _same_run(recipe: Recipe, identity: dict[str, Any], recorded: dict[str, Any] | None) -> None:
+def _same_run(recipe: Recipe, storage: Storage, identity: dict[str, Any]) -> None:
+    recorded = read_published(storage, recipe.run_prefix).get("identity")
     if recorded is None or recorded["fingerprint"] == fingerprint(identity):
         return
     before, now = _flat(recorded["of"]), _flat(identity)
@@ -120,17 +125,17 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop: threading.Event) -> None:
     published = read_published(storage, recipe.run_prefix)
-    if PUBLISHED_BY[stage] in published and stage != "export":
+    if ARTEFACT_OF[stage] in published and stage != "export":
         return
     started = time.monotonic()
     if stage == "capture":
-        manifest = capture.run(recipe, storage, token, stop, Progress)
-        evaluate.require_held_out(manifest, recipe)
+        capture.run(recipe, storage, token, stop, Progress)
     elif stage == "export":
         report = json.loads(storage.get(f"{recipe.run_prefix}/report.json"))
         export.run(recipe, storage, token, report)
     else:
         manifest = targets.read_run_manifest(storage, published["targets"])
+        evaluate.require_held_out(manifest, recipe)
         if stage == "train":
             train.run(recipe, storage, manifest, token, stop, Progress)
         else:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+ARTEFACT_OF = {"capture": "targets", "train": "student", "evaluate": "report", "export": "export"}
+"""Stages in order → the name under which a run's record publishes what they made."""
+
 
 @dataclass(frozen=True)
 class SourceSlice:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from distill_ray.config import Recipe
-from distill_ray.lease import read_record
+from distill_ray.lease import is_live, read_record
+from distill_ray.schema import ARTEFACT_OF
 from distill_ray.storage import open_storage
 
-STAGES = ("capture", "train", "evaluate", "export")
-PUBLISHED_BY = {"capture": "targets", "train": "student", "evaluate": "report", "export": "export"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Status:
     def render(self) -> str:
         """Lines for a terminal."""
         lines = [f"run {self.run}: " + (f"owned by {self.owner}" if self.owner else "nobody is working on it")]
-        for stage in STAGES:
+        for stage in ARTEFACT_OF:
             if stage in self.done:
                 lines.append(f"  {stage:<9} done")
             elif stage == "train" and self.checkpoint_step is not None:
@@ -48,10 +46,9 @@ def status(recipe: Recipe) -> Status:
     record = read_record(open_storage(recipe.storage.root), recipe.run_prefix)
     run = f"{recipe.name}/{recipe.version}"
     if record is None:
-        return Status(run, None, {}, STAGES[0], None)
-    done = {s: record.published[PUBLISHED_BY[s]] for s in STAGES if PUBLISHED_BY[s] in record.published}
+        return Status(run, None, {}, next(iter(ARTEFACT_OF)), None)
+    done = {s: record.published[name] for s, name in ARTEFACT_OF.items() if name in record.published}
     steps = [e["step"] for name, e in record.published.items() if name.startswith("checkpoint/")]
-    held = record.expires_at > time.time()
-    owner = f"{record.owner} (epoch {record.epoch})" if held else None
-    following = next((s for s in STAGES if s not in done), None)
+    owner = f"{record.owner} (epoch {record.epoch})" if is_live(record) else None
+    following = next((s for s in ARTEFACT_OF if s not in done), None)
     return Status(run, owner, done, following, max(steps, default=None))

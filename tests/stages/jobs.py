@@ -1,0 +1,225 @@
+"""A whole run small enough for a test: the real command line in processes of its own, and ways to kill it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill_ray import targets
+from distill_ray.lease import read_published
+from distill_ray.storage import open_storage
+from tests.assets import corpus_folder, tiny_teacher_folder
+
+MARK = "DISTILL_RAY_TEST_MARK"
+
+RECIPE = """
+name = "tiny"
+version = "v1"
+[storage]
+root = "{root}"
+[corpus]
+sources = ["{sources}"]
+holdout = 0.2
+window_tokens = 128
+unit_bytes = 2048
+[teacher]
+model = "{teacher}"
+engine = "transformers"
+dtype = "float32"
+use_gpu = false
+[capture]
+top_k = {top_k}
+[student]
+teacher_layers = [0]
+[train]
+epochs = {epochs}
+global_batch_tokens = 1024
+pack_tokens = 128
+learning_rate = 1e-3
+precision = "fp32"
+workers = {{ min = 2, max = 2 }}
+zero_stage = {zero_stage}
+use_gpu = false
+checkpoint_every = {checkpoint_every}
+[export]
+dtype = "float32"
+licence = "apache-2.0"
+"""
+
+
+def write_documents(path: Path, first: int, count: int, chars: int = 900) -> Path:
+    """`count` documents of real prose, `chars` characters each, starting at the `first`-th piece."""
+    text = "".join(
+        json.loads(line)["text"] for part in sorted(corpus_folder().glob("*.jsonl")) for line in part.open("rb")
+    )
+    pieces = [text[i * chars : (i + 1) * chars] for i in range(first, first + count)]
+    assert len(pieces[-1]) == chars, "not enough prose"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
+    return path
+
+
+@dataclass
+class Job:
+    """One recipe in a folder, and the command line over it."""
+
+    folder: Path
+    root: str
+    zero_stage: int = 1
+    epochs: int = 2
+    top_k: int = 16
+    checkpoint_every: int = 3
+    edits: dict[str, str] = field(default_factory=dict)
+    """Text of the recipe → what replaces it."""
+    teacher: Path = field(default_factory=tiny_teacher_folder)
+
+    def __post_init__(self) -> None:
+        self.data = self.folder / "data"
+        if not self.data.exists():
+            write_documents(self.data / "a.jsonl", 0, 12)
+            write_documents(self.data / "b.jsonl", 12, 12)
+        self.recipe = self.folder / "recipe.toml"
+        values = {k: getattr(self, k) for k in ("root", "teacher", "top_k", "epochs", "zero_stage", "checkpoint_every")}
+        text = RECIPE.format(sources=self.data / "*.jsonl", **values)
+        for old, new in self.edits.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        self.recipe.write_text(text)
+
+    def start(self, *arguments: str, command: str = "run") -> Process:
+        """The command in a process group of its own."""
+        return Process([sys.executable, "-m", "distill_ray", command, str(self.recipe), *arguments])
+
+    def run(self, *arguments: str, command: str = "run", code: int = 0, timeout: float = 300) -> Process:
+        """The command to its end, which must be exit code `code`."""
+        process = self.start(*arguments, command=command)
+        found = process.wait(timeout)
+        assert found == code, f"exit code {found}, not {code}:\n{process.stdout}\n{process.stderr}"
+        return process
+
+    def published(self, version: str = "v1") -> dict[str, dict[str, Any]]:
+        return read_published(open_storage(self.root), f"runs/tiny/{version}")
+
+    def report(self, version: str = "v1") -> dict[str, Any]:
+        return json.loads(open_storage(self.root).get(f"runs/tiny/{version}/report.json"))
+
+    def losses(self, version: str = "v1") -> list[tuple[int, float]]:
+        """(step, loss) of every line of the run's metrics."""
+        lines = open_storage(self.root).get(f"runs/tiny/{version}/metrics.jsonl").decode().splitlines()
+        return [(m["step"], m["loss"]) for m in map(json.loads, lines)]
+
+    def rows(self, version: str = "v1") -> list[tuple[str, int, bytes, bytes]]:
+        """(unit, sequence, tokens, packed rows) of everything the run uses, sorted, doubles kept."""
+        storage = open_storage(self.root)
+        manifest = targets.read_run_manifest(storage, self.published(version)["targets"])
+        found = []
+        for unit in manifest.units:
+            stored = targets.read_unit(storage, manifest.fingerprint, unit.unit, expect_sha256=unit.object_sha256)
+            for i in range(len(unit.lengths)):
+                sequence = stored.sequence(i)
+                found.append((unit.unit, i, sequence.tokens.tobytes(), sequence.packed_NB.tobytes()))
+        return sorted(found)
+
+
+class Process:
+    """A started command whose whole process tree can be killed at once."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.mark = uuid.uuid4().hex
+        self._popen = subprocess.Popen(
+            command,
+            env={**os.environ, MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.pid = self._popen.pid
+        self._out: list[str] = []
+        self._err: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, kept), daemon=True)
+            for stream, kept in ((self._popen.stdout, self._out), (self._popen.stderr, self._err))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @staticmethod
+    def _read(stream: Any, kept: list[str]) -> None:
+        kept.extend(iter(stream.readline, ""))
+
+    @property
+    def stdout(self) -> str:
+        return "".join(self._out)
+
+    @property
+    def stderr(self) -> str:
+        return "".join(self._err)
+
+    def poll(self) -> int | None:
+        return self._popen.poll()
+
+    def wait(self, timeout: float) -> int:
+        try:
+            code = self._popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise AssertionError(f"still running after {timeout} s:\n{self.stdout}\n{self.stderr}") from None
+        for reader in self._readers:
+            reader.join(10)
+        return code
+
+    def wait_for(self, text: str, timeout: float = 180) -> bool:
+        """Until `text` stands on standard error; False when the process ends first."""
+        deadline = time.monotonic() + timeout
+        while text not in self.stderr:
+            if self.poll() is not None:
+                return text in self.stderr
+            assert time.monotonic() < deadline, f"{text!r} not seen in {timeout} s:\n{self.stderr}"
+            time.sleep(0.02)
+        return True
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def members(self) -> list[int]:
+        """Every live process that descends from the command, whoever adopted it."""
+        wanted, found = f"{MARK}={self.mark}".encode(), []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                if wanted in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # it ended meanwhile
+        return found
+
+    def kill_all(self) -> int:
+        """SIGKILL the driver first, then all that descends from it; returns how many there were."""
+        killed: set[int] = set()
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            killed.add(self.pid)
+        for _ in range(50):
+            rest = [p for p in self.members() if p != self.pid]
+            for pid in rest:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+                except ProcessLookupError:
+                    continue
+            if not rest:
+                break
+            time.sleep(0.1)
+        self._popen.wait(30)
+        return len(killed)

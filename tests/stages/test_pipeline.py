@@ -1,0 +1,105 @@
+"""The main job through the command line: local and on a real S3 server, again, next week, and with another recipe."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.stages.jobs import Job, write_documents
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("done")
+    job = Job(folder, str(folder / "root"))
+    job.run()
+    return job
+
+
+def test_the_report_tells_teacher_before_and_after(done: Job):
+    report = done.report()
+    for who in ("teacher", "before", "after"):
+        assert set(report[who]) >= {"perplexity", "kl_t1", "top1_agreement", "ece", "acceptance"}
+    assert report["after"]["kl_t1"] < report["before"]["kl_t1"]
+    assert report["teacher"]["kl_t1"] == pytest.approx(0, abs=1e-6)
+    assert report["teacher"]["top1_agreement"] == 1
+    assert {"capture", "train"} <= set(report["timings"]["seconds"])
+
+
+def test_again_is_quick_and_recomputes_nothing(done: Job):
+    def snapshot() -> dict[str, int]:
+        return {str(p): p.stat().st_mtime_ns for p in Path(done.root).rglob("*") if p.is_file()}
+
+    before, started = snapshot(), time.monotonic()
+    again = done.run()
+    assert time.monotonic() - started < 20
+    assert snapshot() == before
+    assert "student before" in again.stdout
+
+
+def test_status_and_inspect_read_the_finished_run(done: Job):
+    assert done.run(command="status").stdout.count("done") == 4
+
+
+def test_another_recipe_under_the_same_version_is_refused(done: Job):
+    other = Job(done.folder, done.root, top_k=8)
+    refused = other.run(code=2)
+    assert "capture.top_k: 16 → 8" in refused.stderr
+    assert "--version" in refused.stderr
+    Job(done.folder, done.root)  # puts the recipe back
+
+
+def test_next_week_captures_only_the_new_file(done: Job):
+    objects = {
+        p: p.stat().st_mtime_ns for p in Path(done.root, "targets").rglob("*.parquet") if p.parent.name != "index"
+    }
+    old_units = {unit for unit, *_ in done.rows()}
+    write_documents(done.data / "c.jsonl", 24, 4)
+    noted = done.run()
+    assert "came after this version" in noted.stdout
+    done.run("--version", "v2", command="capture")
+    units = {unit for unit, *_ in done.rows("v2")}
+    fresh = {p for p in Path(done.root, "targets").rglob("*.parquet") if p.parent.name != "index"} - set(objects)
+    assert units > old_units
+    assert {p.stem for p in fresh} == units - old_units
+    assert {p: p.stat().st_mtime_ns for p in objects} == objects
+    assert done.published("v2")["targets"]["captured"] == len(units - old_units)
+
+
+def test_on_a_real_s3_server_with_zero_3(tmp_path: Path, s3_uri: str):
+    job = Job(tmp_path, "somewhere/else", zero_stage=3, epochs=1)
+    ran = job.run("--root", s3_uri)
+    assert s3_uri in ran.stdout
+    job.root = s3_uri
+    assert job.report()["after"]["kl_t1"] < job.report()["before"]["kl_t1"]
+    assert not (tmp_path / "somewhere").exists()
+
+
+@pytest.mark.parametrize("stage", ["capture", "train"])
+def test_ctrl_c_stops_cleanly_and_says_how_to_resume(stage: str, tmp_path: Path):
+    job = Job(tmp_path, str(tmp_path / "root"), epochs=40 if stage == "train" else 1)
+    process = job.start()
+    assert process.wait_for(f'"stage": "{stage}", "event": "start"')
+    time.sleep(2)
+    process.signal(signal.SIGINT)
+    assert process.wait(90) == 130, process.stderr
+    assert "resume with:\n  distill-ray run" in process.stderr
+    assert "Traceback" not in process.stderr
+    time.sleep(1)
+    assert process.members() == [], "processes left behind"
+    assert "student" not in job.published()
+
+
+def test_two_drivers_at_once_one_works_and_one_refuses(tmp_path: Path):
+    job = Job(tmp_path, str(tmp_path / "root"), epochs=1)
+    first, second = job.start(), job.start()
+    codes = sorted([first.wait(300), second.wait(300)])
+    assert codes == [0, 2], first.stderr + second.stderr
+    refused = first if first.poll() == 2 else second
+    assert "epoch" in refused.stderr
+    assert "Traceback" not in refused.stderr

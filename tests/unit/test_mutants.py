@@ -1,0 +1,62 @@
+"""Plants every trap in a copy of the repository and asserts that its test sees it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import MUTANTS, Mutant
+
+pytestmark = pytest.mark.mutants
+
+REPO = Path(__file__).parents[2]
+TESTS_FAILED = 1
+"""Pytest's exit code for "tests ran and some failed"; a plant that breaks an import gives another one."""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mutants") / "repo"
+    folder.mkdir()
+    for name in ("distill_ray", "tests", "jobs", "pyproject.toml"):
+        source = REPO / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    (folder / ".test-assets").symlink_to(REPO / ".test-assets")
+    return folder
+
+
+def pytest_in(folder: Path, node: str) -> subprocess.CompletedProcess[str]:
+    # PYTHONPATH, so that worker processes import the copy and not the installed package.
+    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", node]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_the_planted_trap_is_seen(mutant: Mutant, copy: Path):
+    path = copy / mutant.file
+    original = path.read_text()
+    assert original.count(mutant.old) == 1, f"{mutant.file} holds the text {original.count(mutant.old)} times"
+    path.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        done = pytest_in(copy, mutant.test)
+    finally:
+        path.write_text(original)
+    assert done.returncode == TESTS_FAILED, (
+        f"{mutant.trap}: not seen by {mutant.test}\n{done.stdout[-3000:]}{done.stderr}"
+    )
+
+
+def test_the_copy_is_what_the_plants_are_tested_on(copy: Path):
+    probe = "import distill_ray, sys; print(distill_ray.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(copy)}
+    out = subprocess.run([sys.executable, "-c", probe], cwd=copy, env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.startswith(str(copy))
