@@ -6,13 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.containers import locate, read_lines, stored_pieces
 from distill_ray.corpus.units import needed_columns
 from distill_ray.errors import UserError
 from distill_ray.schema import Unit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _ROWS = 1024
 
@@ -68,19 +71,27 @@ def _raw_lines(unit: Unit, size: int) -> Iterator[dict[str, Any] | RefusedDocume
             yield reason
 
 
-def _raw_rows(unit: Unit, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | RefusedDocument]:
+def _batches(unit: Unit, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     store, key = locate(unit.source.uri)
+    groups = list(range(unit.source.start, unit.source.stop))
     with store.open_input(key) as stream:
-        groups = list(range(unit.source.start, unit.source.stop))
-        batches = pq.ParquetFile(stream).iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(columns))
-        for batch in batches:
-            for row in range(batch.num_rows):
-                try:
-                    yield {name: batch.column(name)[row].as_py() for name in columns}
-                except UnicodeDecodeError as error:
-                    yield RefusedDocument(f"not UTF-8: {error.reason} at offset {error.start}")
+        try:
+            file = pq.ParquetFile(stream)
+            yield from file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"corpus source {unit.source.uri} is damaged: {error}; upload it again") from None
+
+
+def _raw_rows(unit: Unit, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | RefusedDocument]:
+    for batch in _batches(unit, columns):
+        for row in range(batch.num_rows):
+            try:
+                yield {name: batch.column(name)[row].as_py() for name in columns}
+            except UnicodeDecodeError as error:
+                yield RefusedDocument(f"not UTF-8: {error.reason} at offset {error.start}")
 
 
 def _raw_file(unit: Unit, size: int, column: str) -> Iterator[dict[str, Any] | RefusedDocument]:

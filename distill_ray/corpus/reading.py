@@ -66,11 +66,14 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, form: str) -> None:
             'corpus.format = "prompt_completion" ends each completion with eos, and the tokenizer has none; '
             "state eos_token in its tokenizer_config.json"
         )
-    if form == "messages" and not tokenizer.chat_template:
-        raise UserError(
-            'corpus.format = "messages", but the tokenizer has no chat template; '
-            "add chat_template.jinja to the teacher's folder or use another format"
-        )
+    if form == "messages":
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as error:
+            raise UserError(
+                f'corpus.format = "messages", but the tokenizer has no usable chat template ({error}); '
+                "add chat_template.jinja to the teacher's folder or use another format"
+            ) from None
 
 
 def read_unit_sequences(

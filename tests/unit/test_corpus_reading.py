@@ -1,5 +1,6 @@
 """Documents to sequences: every container gives the same, and a bad document fails alone."""
 
+import copy
 import gzip
 import hashlib
 import json
@@ -209,3 +210,22 @@ def test_a_source_that_changed_since_planning_is_refused(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match="gone"):
         read_unit_sequences(unit, corpus, tokenizer)
+
+
+def test_a_damaged_parquet_source_is_named(tmp_path, tokenizer):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"\xff" * 396
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet is damaged"):
+        read(section(path), tokenizer)
+
+
+def test_a_tokenizer_that_lacks_what_the_format_needs_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines([{"messages": CHATS[0], "prompt": "p", "completion": "c"}]))
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = bare.eos_token = None
+    for form, message in (("messages", "no usable chat template"), ("prompt_completion", "eos")):
+        with pytest.raises(UserError, match=message):
+            read(section(tmp_path / "a.jsonl", format=form), bare)
