@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from distill_ray.errors import DistillError, StoppedError
 from distill_ray.ingest import BatchPlan, PackLoader, build_plan
 from distill_ray.lease import LeaseToken, read_published
 from distill_ray.storage import NotFoundError, Storage, stage_folder
+from distill_ray.student.published import stage_student
 from distill_ray.telemetry import Progress
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def run(
     published = read_published(storage, recipe.run_prefix)
     if "student" not in published:
         raise DistillError(f"run {recipe.run_prefix} has no trained student yet; run `distill-ray train` first")
-    job = _Job(recipe, storage, manifest.identity, plan)
+    job = _Job(recipe, storage, manifest.identity, plan, published["student"])
     with progress("evaluate", 2 * plan.steps, "batches") as shown:
         evaluation = _score_remotely(job, shown, stop or threading.Event())
     history = _history(storage, recipe)
@@ -110,6 +112,8 @@ class _Job:
     storage: Storage
     identity: CaptureIdentity
     plan: BatchPlan
+    student: dict[str, Any]
+    """The published entry of the trained student."""
 
 
 def _score_remotely(job: _Job, shown: Progress, stop: threading.Event) -> reports.Evaluation:
@@ -147,15 +151,14 @@ def _score(job: _Job) -> Iterator[dict[str, float] | reports.Evaluation]:
     if not recipe.train.use_gpu:
         # Ray gives a task as many threads as it declares CPUs; this task runs alone.
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    trained = recipe.model_copy(
-        update={"student": StudentSection(model=f"{job.storage.uri}/{recipe.run_prefix}/student")}
-    )
+    folder = stage_student(job.storage, job.student)
+    trained = recipe.model_copy(update={"student": StudentSection(model=str(folder))})
     bins = recipe.evaluate.ece_bins
     teacher, before, after = (reports.MetricSums(bins) for _ in range(3))
     kept_mass = reports.KeptMassHistogram()
     tokens, seconds = 0, 0.0
     for origin, sums in ((recipe, before), (trained, after)):
-        module = _load(origin, trained, job.identity.vocab_size)
+        module = _load(origin, folder, job.identity.vocab_size)
         with PackLoader(job.storage, job.identity, job.plan, micro_batch_packs=recipe.evaluate.batch_packs) as batches:
             for batch in batches:
                 begun = time.perf_counter()
@@ -170,14 +173,13 @@ def _score(job: _Job) -> Iterator[dict[str, float] | reports.Evaluation]:
     yield reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds)
 
 
-def _load(origin: Recipe, trained: Recipe, vocab_size: int) -> DistillModule:
+def _load(origin: Recipe, trained: Path, vocab_size: int) -> DistillModule:
     """A student ready to score; `before` is built by the very function that training started from."""
-    from distill_ray.student import DistillModule, build_initial
-    from distill_ray.student.module import loss_spec
+    from distill_ray.student import DistillModule, build_initial, loss_spec
 
     # Only a student cut from the teacher needs its weights here; the tokenizer lies beside the trained student too.
-    needed = origin.teacher.model if origin.student.teacher_layers is not None else trained.student.model
-    model, config = build_initial(origin, stage_folder(str(needed)))
+    cut = origin.student.teacher_layers is not None
+    model, config = build_initial(origin, stage_folder(origin.teacher.model) if cut else trained)
     module = DistillModule(model, loss_spec(config, vocab_size, origin.loss))
     return module.to("cuda" if origin.train.use_gpu else "cpu").eval()
 
@@ -261,7 +263,7 @@ def _tokens(
     entry: Mapping[str, Any], manifest: RunManifest, history: list[dict[str, float]], held_out: int
 ) -> reports.TokenCounts:
     total = sum(int(u.lengths.sum()) for u in manifest.units)
-    captured = int(entry.get("captured_tokens", total))
+    captured = int(entry["captured_tokens"])
     return reports.TokenCounts(
         captured=captured,
         reused=total - captured,

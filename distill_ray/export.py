@@ -16,6 +16,7 @@ from distill_ray.lease import LeaseToken, publish, read_published
 from distill_ray.registry import publish_latest, read_latest
 from distill_ray.report import failures, model_card
 from distill_ray.storage import NotFoundError, Storage
+from distill_ray.student.published import stage_student
 from distill_ray.student.weights import convert_folder
 from distill_ray.telemetry import Progress
 
@@ -62,7 +63,7 @@ def run(
     entry = published.get("export")
     if entry is None or not _is_whole(storage, entry, recipe, student):
         with tempfile.TemporaryDirectory(prefix="export-") as work:
-            entry = _export(recipe, storage, student, report, Path(work), progress)
+            entry = _export(recipe, storage, student, report, Path(work) / "model", progress)
         publish(storage, token, "export", entry)
     return _move_latest(recipe, storage, entry, report)
 
@@ -87,12 +88,11 @@ def _export(
     storage: Storage,
     student: dict[str, Any],
     report: dict[str, Any],
-    work: Path,
+    folder: Path,
     progress: Callable[[str, int | None, str], Progress],
 ) -> dict[str, Any]:
-    """Make the folder, store it, its manifest last; returns the entry to publish."""
-    folder = work / "model"
-    convert_folder(_fetch_student(storage, recipe, student, work / "student"), folder, recipe.export.dtype)
+    """Make the local `folder`, store it, its manifest last; returns the entry to publish."""
+    convert_folder(stage_student(storage, student), folder, recipe.export.dtype)
     card = model_card(
         report, teacher=_teacher_name(recipe), licence=recipe.export.licence, recipe=recipe.model_dump(mode="json")
     )
@@ -117,13 +117,6 @@ def _export(
     key = f"{recipe.model_prefix}/{_MANIFEST}"
     storage.put(key, data)
     return {"key": key, "sha256": hashlib.sha256(data).hexdigest(), "files": len(files)}
-
-
-def _fetch_student(storage: Storage, recipe: Recipe, student: dict[str, Any], folder: Path) -> Path:
-    prefix = f"{recipe.run_prefix}/student/"
-    for info in list(storage.list(prefix)):
-        storage.download(info.key, folder / info.key.removeprefix(prefix))
-    return folder
 
 
 def _remove_others(storage: Storage, prefix: str, wanted: set[str]) -> None:

@@ -53,7 +53,8 @@ def run(
 ) -> RunManifest:
     """Capture whatever of the corpus is not captured yet, and publish the run's manifest. Ray must be initialised.
 
-    The published entry "targets" also counts the units `captured` by this call and those `reused`.
+    The published entry "targets" also counts the units `captured` by this call (and their `captured_tokens`) and
+    those `reused`.
 
     Args:
         recipe: what to capture.
@@ -89,7 +90,12 @@ def run(
     _require_sequences(recipe, units, known)
     _write_dead_letters(storage, recipe, identity, units, known)
     entry = targets.write_run_manifest(storage, f"{recipe.run_prefix}/targets.parquet", identity, units, known)
-    publish(storage, token, "targets", entry | {"captured": len(pending), "reused": len(units) - len(pending)})
+    counts = {
+        "captured": len(pending),
+        "reused": len(units) - len(pending),
+        "captured_tokens": sum(int(known[u.hash].lengths.sum()) for u in pending),
+    }
+    publish(storage, token, "targets", entry | counts)
     return targets.read_run_manifest(storage, entry)
 
 
