@@ -1,8 +1,9 @@
 """Codec v1: `[top-1 logprob f16][log tail f16][q8 × k][low 16 id bits × k][bit planes of id bits ≥ 16]`, little-endian.
 
 q = round(255·√(Δ/24)) with Δ the gap in nats to the top-1, clipped at 24: fine near the top, where the mass is, and
-at most 0.094 nats off at the far end. A plane holds one id bit of the k ids in ⌈k/8⌉ bytes, the first id in the
-highest bit.
+at most 0.0945 nats off at the far end. Renormalising moves a row as a whole by its mass-weighted gap error: below 0.01
+nats on a language model's rows, 0.035 at the very worst (511 ties at the least fortunate gap).
+A plane holds one id bit of the k ids in ⌈k/8⌉ bytes, the first id in the highest bit.
 
 Legend of shapes: N rows, K kept tokens (k), V real vocabulary, B bytes of a row.
 """
@@ -23,7 +24,7 @@ MAX_VOCAB = 1 << 20
 
 _HEAD = 4
 _ABOVE_ZERO = 1e-3  # a log-probability this far above 0 is rounding; more is an error
-_BLOCK = 1 << 16  # elements worked on at once, so that temporaries stay in the cache
+_BLOCK = 1 << 17  # elements worked on at once, so that temporaries stay in the cache
 _GAPS = (MAX_GAP * (np.arange(256) / 255.0) ** 2).astype(np.float32)
 _WEIGHTS = np.exp(-_GAPS.astype(np.float64)).astype(np.float32)
 
@@ -83,17 +84,21 @@ def _encode_block(
 ) -> None:
     n, k = ids_NK.shape
     top_N1 = logprobs_NK[:, :1]
+    gap_NK = top_N1 - logprobs_NK
     # minimum() before the root: the gap to −inf is +inf, by definition the clipped gap.
-    gap_NK = np.minimum(top_N1 - logprobs_NK, np.float32(MAX_GAP))
-    q_NK = np.rint(np.sqrt(gap_NK * np.float32(255.0**2 / MAX_GAP)))
+    np.minimum(gap_NK, np.float32(MAX_GAP), out=gap_NK)
+    gap_NK *= np.float32(255.0**2 / MAX_GAP)
+    np.rint(np.sqrt(gap_NK, out=gap_NK), out=gap_NK)
     head_N2 = np.concatenate([top_N1, np.maximum(log_tail_N, LOG_FLOOR)[:, None]], axis=1)
     out_NB[:, :_HEAD] = np.minimum(head_N2, 0.0).astype("<f2").view(np.uint8)
-    out_NB[:, _HEAD : _HEAD + k] = q_NK.astype(np.uint8)
+    out_NB[:, _HEAD : _HEAD + k] = gap_NK
     at = _HEAD + 3 * k
     out_NB[:, _HEAD + k : at] = ids_NK.astype("<u2").view(np.uint8).reshape(n, 2 * k)
     width = (k + 7) // 8
-    for bit in range(_planes(vocab_size)):
-        out_NB[:, at : at + width] = np.packbits((ids_NK >> (16 + bit)) & 1, axis=1)
+    planes = _planes(vocab_size)
+    high_NK = (ids_NK >> 16).astype(np.uint8) if planes else ids_NK
+    for bit in range(planes):
+        out_NB[:, at : at + width] = np.packbits(high_NK & np.uint8(1 << bit), axis=1)
         at += width
 
 
@@ -106,9 +111,9 @@ def _check(ids_NK: np.ndarray, logprobs_NK: np.ndarray, log_tail_N: np.ndarray, 
             "the teacher's output is broken at this row"
         )
     # `not <=` rather than `>`: a NaN anywhere in the row fails it too.
-    bad_at = np.argwhere(~(logprobs_NK[:, 1:] <= logprobs_NK[:, :-1]))
-    if len(bad_at):
-        row, rank = bad_at[0]
+    descends_NK = logprobs_NK[:, 1:] <= logprobs_NK[:, :-1]
+    if not descends_NK.all():
+        row, rank = np.argwhere(~descends_NK)[0]
         raise IntegrityError(
             f"row {first + row}: logprob {logprobs_NK[row, rank + 1]} at rank {rank + 2} follows "
             f"{logprobs_NK[row, rank]} at rank {rank + 1}; rows must be finite and sorted, most likely first"

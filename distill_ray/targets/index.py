@@ -152,6 +152,9 @@ def done_units(
         if summary is not None:
             found.append(summary)
             done[unit] = summary
+        if len(found) >= UNITS_PER_OBJECT:  # so that a crash in a long re-index keeps what was verified
+            append_index(storage, capture, found)
+            found = []
     append_index(storage, capture, found)
     for key in broken:  # only now: what it named is verified and indexed anew
         storage.delete(key)

@@ -82,7 +82,7 @@ class UnitReader:
         Raises:
             IntegrityError: truncated, altered, or of another capture or unit.
         """
-        self._fetch, self._where = fetch, where
+        self._fetch, self._where, self._fingerprint = fetch, where, fingerprint
         footer, sealed = open_sealed(size, fetch, where)
         self._window = Window(size)
         self._file, self.info = _open_parquet(footer, self._window, sealed, where)
@@ -140,7 +140,7 @@ class UnitReader:
         found = from_table(table, row_bytes(identity.top_k, identity.vocab_size), identity.extra_temperatures)
         sums = table.column("checksum").to_pylist()
         for i, (s, want) in enumerate(zip(found, sums, strict=True), start=int(self._first[g])):
-            if (got := checksum(identity.fingerprint, self.info.unit.hash, i, s)) != want:
+            if (got := checksum(self._fingerprint, self.info.unit.hash, i, s)) != want:
                 raise IntegrityError(
                     f"{self._where}, sequence {i}: checksum {got.hex()}, stored {want.hex()}: not the sequence that "
                     f"was written there; {REMEDY}"
@@ -158,7 +158,8 @@ class UnitTargets:
             raise IntegrityError(f"{where}: starts with {data[:4]!r}, not {MAGIC!r}: not a target object; {REMEDY}")
         reader = UnitReader(len(data), lambda start, n: view[start : start + n], fingerprint, unit, where)
         self.info = reader.info
-        self._data = data
+        self.object_bytes = len(data)
+        self.object_sha256 = hashlib.sha256(data).hexdigest()
         self._sequences = reader.sequences(0, len(reader))
         if (rows := sum(len(s.packed_NB) for s in self._sequences)) != self.info.rows:
             raise IntegrityError(f"{where}: {rows} rows, its footer says {self.info.rows}; {REMEDY}")
@@ -190,8 +191,8 @@ class UnitTargets:
             lengths=np.array([len(s.tokens) for s in self._sequences], np.int32),
             supervised=np.array([s.loss_mask.sum() for s in self._sequences], np.int32),
             doc_keys=np.array([s.doc_key for s in self._sequences], np.uint64),
-            object_bytes=len(self._data),
-            object_sha256=hashlib.sha256(self._data).hexdigest(),
+            object_bytes=self.object_bytes,
+            object_sha256=self.object_sha256,
             kept_mass_sum=self.info.kept_mass_sum,
             dead=len(self.info.dead),
             teacher_seconds=0.0,
@@ -264,16 +265,15 @@ def read_unit(
         IntegrityError: truncated, altered, of another capture or unit, or not the object that was recorded.
     """
     key = unit_key(capture, unit)
-    data = storage.get(key)
     where = f"{storage.uri}/{key}"
-    if expect_sha256 is not None and (got := hashlib.sha256(data).hexdigest()) != expect_sha256:
-        # An honest parse says more about what is wrong than the digest does.
-        UnitTargets(data, fingerprint_of(capture), unit, where)
+    # Parsed before the digests are compared: what is wrong inside says more than that something is.
+    read = UnitTargets(storage.get(key), fingerprint_of(capture), unit, where)
+    if expect_sha256 is not None and read.object_sha256 != expect_sha256:
         raise IntegrityError(
-            f"{where}: SHA-256 {got}, recorded {expect_sha256}: whole, but captured again since it was recorded; run "
-            "capture again to record it anew"
+            f"{where}: SHA-256 {read.object_sha256}, recorded {expect_sha256}: whole, but captured again since it was "
+            "recorded; run capture again to record it anew"
         )
-    return UnitTargets(data, fingerprint_of(capture), unit, where)
+    return read
 
 
 def open_unit(

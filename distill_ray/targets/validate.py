@@ -53,7 +53,7 @@ def check_rows(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) 
     """
     _check_shapes(identity, len(tokens), rows)
     _check_finite(rows)
-    kept_N = np.exp(rows.logprobs_NK.astype(np.float64)).sum(axis=1)
+    kept_N = np.exp(rows.logprobs_NK).sum(axis=1, dtype=np.float64)
     total_N = kept_N + np.exp(rows.log_tail_N.astype(np.float64))
     _refuse(
         ~(np.abs(total_N - 1) <= TOLERANCE),
@@ -138,21 +138,22 @@ def _check_actual(identity: CaptureIdentity, next_N: np.ndarray, rows: TargetRow
         lambda t: f"actual rank {rank_N[t]} is outside 1 … {identity.vocab_size}",
     )
     actual_N = np.maximum(rows.actual_logprob_N, LOG_FLOOR)
-    kept_NK = np.maximum(rows.logprobs_NK, LOG_FLOOR)
+    last_N = np.maximum(rows.logprobs_NK[:, -1], LOG_FLOOR)
     is_next_NK = rows.ids_NK == next_N[:, None]
     is_kept_N = is_next_NK.any(axis=1)
     at_N = is_next_NK.argmax(axis=1)
     row_N = np.arange(len(next_N))
+    at_next_N = np.maximum(rows.logprobs_NK[row_N, at_N], LOG_FLOOR)
     _refuse(
-        is_kept_N & ~(np.abs(kept_NK[row_N, at_N] - actual_N) <= TOLERANCE),
+        is_kept_N & ~(np.abs(at_next_N - actual_N) <= TOLERANCE),
         lambda t: (
             f"actual logprob {actual_N[t]:.4f} of token {next_N[t]}, but the row gives that token "
-            f"{kept_NK[t, at_N[t]]:.4f} (rank {at_N[t] + 1}); rows and tokens are shifted against each other"
+            f"{at_next_N[t]:.4f} (rank {at_N[t] + 1}); rows and tokens are shifted against each other"
         ),
     )
     # Ties (common in bfloat16) may be ranked either way round, so the rank is judged by its log-probability.
     k = identity.top_k
-    at_rank_N = kept_NK[row_N, np.minimum(rank_N, k) - 1]
+    at_rank_N = np.maximum(rows.logprobs_NK[row_N, np.minimum(rank_N, k) - 1], LOG_FLOOR)
     agrees_N = np.where(rank_N <= k, np.abs(at_rank_N - actual_N) <= TOLERANCE, actual_N <= at_rank_N + TOLERANCE)
     _refuse(
         ~agrees_N,
@@ -162,10 +163,9 @@ def _check_actual(identity: CaptureIdentity, next_N: np.ndarray, rows: TargetRow
         ),
     )
     _refuse(
-        ~is_kept_N
-        & ((actual_N > kept_NK[:, -1] + TOLERANCE) | (np.exp(actual_N) > np.exp(rows.log_tail_N) + TOLERANCE)),
+        ~is_kept_N & ((actual_N > last_N + TOLERANCE) | (np.exp(actual_N) > np.exp(rows.log_tail_N) + TOLERANCE)),
         lambda t: (
             f"token {next_N[t]} is not kept, but its logprob {actual_N[t]:.4f} is above the last kept one "
-            f"({kept_NK[t, -1]:.4f}) or the log tail mass ({rows.log_tail_N[t]:.4f}); rows and tokens are shifted"
+            f"({last_N[t]:.4f}) or the log tail mass ({rows.log_tail_N[t]:.4f}); rows and tokens are shifted"
         ),
     )

@@ -277,6 +277,23 @@ def test_inspect_lists_every_problem(storage, tmp_path):
     assert any("1 objects are not in the index" in p for p in targets.inspect(f"{tmp_path}/targets/{FP}").problems)
 
 
+def test_capture_resume_ranges_and_inspect_on_s3(s3_uri):
+    s3 = open_storage(s3_uri)
+    _, summaries, entry = manifest(s3)
+    later = capture(s3, "later")
+    assert targets.done_units(s3, OF).keys() == {*summaries, later.unit}
+    before = index_keys(s3)
+    assert targets.done_units(s3, OF).keys() == {*summaries, later.unit}
+    assert index_keys(s3) == before
+    assert len(targets.open_unit(s3, OF, later.unit).sequences(1, 3)) == 2
+    assert targets.read_run_manifest(s3, entry).rows == 94
+    report = targets.inspect(f"{s3_uri}/targets/{FP}", verify=True)
+    assert (report.units, report.problems) == (3, ())
+    key = targets.unit_key(OF, later.unit)
+    s3.put(key, s3.get(key)[:-1])
+    assert targets.done_units(s3, OF, report=lambda _: None).keys() == summaries.keys()
+
+
 def test_inspect_says_what_is_wrong_with_the_uri(storage, tmp_path):
     u = unit()
     for uri, says in [
