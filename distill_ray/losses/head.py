@@ -96,10 +96,10 @@ class _Gradients:
 
 def _chunk_losses(logits_NV: Tensor, targets: SparseTargets, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """(mixed objective sum, its parts as float64 [6] without the objective: kl_t, kl_t1, ce, kept, agree, count)."""
-    student = StudentChunk(logits_NV, targets.ids_NK)
+    student = StudentChunk(logits_NV, targets.ids_NK, targets.labels_N)
     alpha, T = spec.hard_label_weight, spec.temperature
     kl_t_N = OBJECTIVES[spec.objective](student, targets, T)
-    ce_N = -student.log_prob(targets.labels_N)
+    ce_N = -student.split(1.0).log_q_label_N
     # Parts of weight 0 are left out, not multiplied by 0: their backward pass over the vocabulary costs as much.
     parts = [w * x for w, x in (((1 - alpha) * T * T, kl_t_N), (alpha, ce_N)) if w != 0]
     objective = sum(parts[1:], parts[0]).sum()

@@ -70,12 +70,10 @@ def compare_rows(model: ModelRows, targets: SparseTargets, *, vocab_size: int) -
 
 
 def _chunk_metrics(logits_NV: Tensor, targets: SparseTargets) -> RowMetrics:
-    student = StudentChunk(logits_NV, targets.ids_NK)
+    student = StudentChunk(logits_NV, targets.ids_NK, targets.labels_N)
     split = student.split(1.0)
     best_N, top1_N = logits_NV.max(1)
-    rows = ModelRows(
-        split.log_q_NK, split.log_tail_N, top1_N, best_N - split.log_z_N, student.log_prob(targets.labels_N)
-    )
+    rows = ModelRows(split.log_q_NK, split.log_tail_N, top1_N, best_N - split.log_z_N, split.log_q_label_N)
     return compare_rows(rows, targets, vocab_size=logits_NV.shape[1])
 
 

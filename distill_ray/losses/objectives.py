@@ -85,4 +85,4 @@ def bucket_kl(
         logprobs_T=logprobs_NK,
         log_tail_T=log_tail_N,
     )
-    return bucket(StudentChunk(logits_NV, ids_NK), targets, temperature)
+    return bucket(StudentChunk(logits_NV, ids_NK, targets.labels_N), targets, temperature)

@@ -94,7 +94,7 @@ def test_zipf_tail_at_two_is_the_true_one():
         torch.arange(128)[None], logp_T, tail, torch.zeros(1, dtype=torch.long), None, 2.0, logp_T, tail_T
     )
     # A student equal to the teacher is at the minimum, which a wrong tail would move.
-    assert bucket(StudentChunk(z, targets.ids_NK), targets, 2.0).item() == pytest.approx(0, abs=1e-9)
+    assert bucket(StudentChunk(z, targets.ids_NK, targets.labels_N), targets, 2.0).item() == pytest.approx(0, abs=1e-9)
 
 
 @given(
