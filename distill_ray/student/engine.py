@@ -198,9 +198,9 @@ def check_resumable(saved_world: int, saved_stage: int, world: int, section: Tra
     """
     if (saved_world, saved_stage) != (world, section.zero_stage):
         raise UserError(
-            f"the checkpoint of step {step} was saved by {saved_world} workers at ZeRO stage {saved_stage}; this command "
-            f"has {world} workers at stage {section.zero_stage}. Resume with train.workers = {{ min = {saved_world}, max = "
-            f"{saved_world} }} and train.zero_stage = {saved_stage}, or start a new --version"
+            f"the checkpoint of step {step} was saved by {saved_world} workers at ZeRO stage {saved_stage}; this "
+            f"command has {world} workers at stage {section.zero_stage}. Resume with train.workers = "
+            f"{{ min = {saved_world}, max = {saved_world} }} and train.zero_stage = {saved_stage}, or start a new --version"
         )
 
 
