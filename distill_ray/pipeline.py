@@ -152,7 +152,7 @@ def _result(recipe: Recipe, storage: Storage) -> RunResult:
     tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
     units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
     manifest = targets.read_run_manifest(storage, published["targets"])
-    new = {u.hash for u in units} - set(manifest.units)
+    new = {u.hash for u in units} - {u.unit for u in manifest.units}
     notes = (f"{len(new)} corpus unit(s) came after this version; give --version to run on them",) if new else ()
     return RunResult(
         report=report,
