@@ -6,8 +6,10 @@ few hundred bytes a unit plus the sequences' lengths.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.exceptions import RayTaskError
+from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, to_row, write
 from distill_ray.config import Recipe
@@ -33,7 +36,7 @@ _CPU_TEACHER_CPUS = 0.5
 _TASKS_PER_TEACHER = 2
 """Readers, and writers, for each teacher: each is a process with its own tokenizer."""
 _QUEUED_PER_TEACHER = 2
-"""Units given to an actor at a time. Ray Data grows the pool only if this is at least 1.75 times its concurrency of 1."""
+"""Units given to an actor at a time. Below 1.75 Ray Data would never grow the pool."""
 _UNIT_RETRIES = 4
 """How often a unit may lose its teacher's process before the run fails: one that kills every engine must not loop."""
 _MOST_BLOCKS = 10_000
@@ -111,7 +114,7 @@ def _pipeline(
     engine_factory: EngineFactory,
 ) -> ray.data.Dataset:
     replicas = recipe.teacher.replicas
-    tasks = _TASKS_PER_TEACHER * replicas.max
+    tasks = min(_TASKS_PER_TEACHER * replicas.max, len(pending))
     # The tokenizer travels as an object: a machine that only tokenises need not stage the teacher's weights.
     tokenizer_ref = ray.put(tokenizer)
     table = pa.concat_tables([to_row(unit) for unit in pending])
@@ -155,12 +158,19 @@ def _teacher_resources(recipe: Recipe) -> dict[str, float]:
 
 @contextmanager
 def _unit_sized_blocks() -> Iterator[None]:
-    """Every row becomes a block of its own, so that a finished unit never waits for a block to fill."""
+    """Every row becomes a block of its own, so that a finished unit never waits for a block to fill.
+
+    Also: an error of ours keeps its type, and Ray Data prints nothing of its own.
+    """
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1
+    context.raise_original_map_exception = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    with ray.data.DataContext.current(context):
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with ray.data.DataContext.current(context), warnings.catch_warnings():
+        # Ray 2.60 announces that arguments of the actor will lose their place here, and has none yet for retries.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
         yield
 
 

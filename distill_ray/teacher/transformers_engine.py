@@ -71,7 +71,7 @@ class TransformersEngine:
         gc.collect()
 
     def _score_one(self, tokens: np.ndarray) -> TargetRows:
-        actual = torch.as_tensor(tokens[1:], dtype=torch.long, device=self._device)
+        actual = torch.tensor(tokens[1:], dtype=torch.long, device=self._device)
         done, parts = 0, list[TargetRows]()
         step = max(1, _BLOCK_BYTES // (4 * self._vocab))
         with torch.inference_mode():
@@ -90,7 +90,7 @@ class TransformersEngine:
         The head is never applied outside the model, so a soft-cap or logit scale cannot be forgotten. When all rows at
         once would exceed `most_bytes`, the body runs again for every block of rows: slower, but exact and bounded.
         """
-        ids = torch.as_tensor(tokens, dtype=torch.long, device=self._device)[None]
+        ids = torch.tensor(tokens, dtype=torch.long, device=self._device)[None]
         n_rows = len(tokens) - 1
         step = max(1, most_bytes // (4 * self._vocab))
         for start in range(0, n_rows, step):

@@ -1,0 +1,253 @@
+"""Capture through real Ray Data, with the reference teacher on a tiny model."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill_ray import capture, targets, teacher
+from distill_ray.config import Recipe, parse_recipe
+from distill_ray.errors import StoppedError, UserError
+from distill_ray.lease import Lease, read_published
+from distill_ray.schema import TargetRows
+from distill_ray.session import ray_session
+from distill_ray.storage import open_storage
+from distill_ray.targets import RunManifest
+from distill_ray.telemetry import Progress
+from tests.assets import smollm2_folder, tiny_teacher_folder
+
+TEXTS = ["import threading and then wait", "a class is an object too", "errors should never pass silently"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with ray_session("local", num_cpus=4):
+        yield
+
+
+class ShortTeacher:
+    """A teacher with made-up rows that refuses sequences of exactly `refused` tokens."""
+
+    vocab_size = 512
+
+    def __init__(self, refused: int = -1, marker: Path | None = None, seconds: float = 0.0) -> None:
+        self._refused, self._marker, self._seconds = refused, marker, seconds
+
+    def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
+        time.sleep(self._seconds)
+        if self._marker is not None and not self._marker.exists():
+            self._marker.touch()
+            os._exit(1)
+        return [f"{len(s)} tokens displease" if len(s) == self._refused else self._rows(s) for s in sequences]
+
+    def close(self) -> None: ...
+
+    def _rows(self, tokens: np.ndarray) -> TargetRows:
+        """The actual token at ½, its successor at ¼, the rest in the tail."""
+        n = len(tokens) - 1
+        actual = tokens[1:].astype(np.int32)
+        return TargetRows(
+            ids_NK=np.stack([actual, (actual + 1) % self.vocab_size], axis=1).astype(np.int32),
+            logprobs_NK=np.tile(np.log(np.float32([0.5, 0.25])), (n, 1)),
+            log_tail_N=np.full(n, np.log(0.25), np.float32),
+            actual_logprob_N=np.full(n, np.log(0.5), np.float32),
+            actual_rank_N=np.ones(n, np.int32),
+        )
+
+
+def _recipe(root: Path, sources: str, version: str = "v1", **changes: dict[str, Any]) -> Recipe:
+    data: dict[str, Any] = {
+        "name": "t",
+        "version": version,
+        "storage": {"root": str(root)},
+        "corpus": {"sources": [sources], "window_tokens": 64, "unit_bytes": 4096},
+        "teacher": {
+            "model": str(tiny_teacher_folder()),
+            "engine": "transformers",
+            "dtype": "float32",
+            "use_gpu": False,
+        },
+        "capture": {"top_k": 2, "temperatures": [1.0]},
+        "student": {"teacher_layers": [0]},
+        "train": {"pack_tokens": 64, "global_batch_tokens": 64},
+    }
+    for section, values in changes.items():
+        data[section] = data.get(section, {}) | values
+    return parse_recipe(data)
+
+
+def _write(folder: Path, name: str, texts: list[str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+def _run(recipe: Recipe, factory: Any = None, stop: threading.Event | None = None) -> RunManifest:
+    storage = open_storage(recipe.storage.root)
+    with Lease.acquire(storage, recipe.run_prefix) as lease:
+        return capture.run(recipe, storage, lease.token, stop or threading.Event(), Progress, engine_factory=factory)
+
+
+def _entry(recipe: Recipe) -> dict[str, Any]:
+    return read_published(open_storage(recipe.storage.root), recipe.run_prefix)["targets"]
+
+
+def test_rows_are_the_reference_teachers(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS)
+    recipe = _recipe(
+        tmp_path / "root", f"{tmp_path}/corpus/*.jsonl", capture={"top_k": 16, "temperatures": [1.0, 2.0]},
+        loss={"temperature": 2.0},
+    )  # fmt: skip
+    manifest = _run(recipe)
+    engine = teacher.open_engine(recipe.teacher, recipe.capture, recipe.corpus.window_tokens)
+    storage = open_storage(recipe.storage.root)
+    seen = 0
+    for unit in manifest.units:
+        stored = targets.read_unit(storage, manifest.identity, unit.unit, expect_sha256=unit.object_sha256)
+        for i in range(len(stored)):
+            (exact,) = engine.score([stored.sequence(i).tokens])
+            assert isinstance(exact, TargetRows)
+            for t in (1.0, 2.0):
+                rows = stored.rows(i, t)
+                np.testing.assert_array_equal(rows.ids_NK, exact.ids_NK)
+                tail = exact.log_tail_N if t == 1.0 else exact.log_tail_at[t]
+                np.testing.assert_allclose(np.exp(rows.log_tail_N), np.exp(tail), atol=2e-3)
+            np.testing.assert_allclose(stored.rows(i).logprobs_NK, exact.logprobs_NK, atol=0.1)
+            np.testing.assert_array_equal(stored.sequence(i).actual_rank_N, exact.actual_rank_N)
+            seen += 1
+    assert seen == len(TEXTS)
+
+
+def test_second_run_captures_nothing_and_a_new_file_only_its_units(tmp_path: Path) -> None:
+    factory = partial(ShortTeacher)
+    first = _write(tmp_path / "corpus", "a.jsonl", TEXTS * 60)
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    before = _run(recipe, factory)
+    assert len(before.units) > 1
+    assert (_entry(recipe)["captured"], _entry(recipe)["reused"]) == (len(before.units), 0)
+    again = _run(recipe, factory)
+    assert [u.object_sha256 for u in again.units] == [u.object_sha256 for u in before.units]
+    assert (_entry(recipe)["captured"], _entry(recipe)["reused"]) == (0, len(before.units))
+    objects = {p: p.stat().st_mtime_ns for p in (tmp_path / "root").glob("targets/*/*.parquet")}
+
+    with gzip.open(first.parent / "b.jsonl.gz", "wt") as stream:
+        stream.write(json.dumps({"text": "a new week's text"}) + "\n")
+    weekly = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", version="v2")
+    after = _run(weekly, factory)
+    assert (_entry(weekly)["captured"], _entry(weekly)["reused"]) == (1, len(before.units))
+    assert {u.unit for u in before.units} < {u.unit for u in after.units}
+    assert all(p.stat().st_mtime_ns == m for p, m in objects.items())
+
+
+def test_dead_letters_are_listed_once_whatever_is_rerun(tmp_path: Path) -> None:
+    path = _write(tmp_path / "corpus", "a.jsonl", [*TEXTS, ""])
+    with path.open("ab") as stream:
+        stream.write(b'{"text": "\xff\xfe"}\n')
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    manifest = _run(recipe, ShortTeacher)
+    lengths = np.concatenate([u.lengths for u in manifest.units])
+    letters = tmp_path / "root" / recipe.run_prefix / "dead-letters.jsonl"
+    first = [json.loads(line) for line in letters.read_text().splitlines()]
+    assert [d["record"] for d in first] == [3, 4]
+    assert manifest.dead == 2
+    _run(recipe, ShortTeacher)
+    assert [json.loads(line) for line in letters.read_text().splitlines()] == first
+
+    # Another capture (top_k = 1 … is another fingerprint) whose teacher refuses one sequence for its own reasons.
+    other = _recipe(tmp_path / "other", f"{tmp_path}/corpus/*")
+    manifest = _run(other, partial(ShortTeacher, refused=int(lengths[0])))
+    reasons = [json.loads(x)["reason"] for x in (tmp_path / "other" / other.run_prefix / "dead-letters.jsonl").open()]
+    assert manifest.sequences == int((lengths != lengths[0]).sum())
+    assert sum("displease" in r for r in reasons) == int((lengths == lengths[0]).sum())
+
+
+def test_all_documents_dead_is_the_users_error(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", ["", ""])
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    with pytest.raises(UserError, match="none of the corpus's 2 documents"):
+        _run(recipe, ShortTeacher)
+    assert "targets" not in read_published(open_storage(recipe.storage.root), recipe.run_prefix)
+
+
+def test_a_teacher_that_dies_is_replaced_and_its_unit_redone(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS * 60)
+    marker = tmp_path / "died"
+    killed = _run(_recipe(tmp_path / "killed", f"{tmp_path}/corpus/*"), partial(ShortTeacher, marker=marker))
+    assert marker.exists()
+    whole = _run(_recipe(tmp_path / "whole", f"{tmp_path}/corpus/*"), ShortTeacher)
+    assert [(u.unit, u.object_sha256) for u in killed.units] == [(u.unit, u.object_sha256) for u in whole.units]
+    assert killed.sequences == len(TEXTS) * 60
+
+
+def test_stop_keeps_and_indexes_what_is_finished(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS * 200)
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    stop = threading.Event()
+
+    class StopsAfterTwo(Progress):
+        def advance(self, count: int = 1, **fields: Any) -> None:
+            super().advance(count, **fields)
+            if "kept_mass" in fields and self._done >= 2:
+                stop.set()
+
+    storage = open_storage(recipe.storage.root)
+    with Lease.acquire(storage, recipe.run_prefix) as lease, pytest.raises(StoppedError):
+        capture.run(
+            recipe, storage, lease.token, stop, StopsAfterTwo, engine_factory=partial(ShortTeacher, seconds=0.3)
+        )
+    identity = capture.capture_identity(recipe)
+    indexed = targets.load_index(storage, identity)
+    assert len(indexed) >= 2
+    manifest = _run(recipe, ShortTeacher)
+    assert _entry(recipe)["reused"] >= len(indexed)
+    assert manifest.sequences == len(TEXTS) * 200
+
+
+def test_an_engine_that_cannot_open_says_why(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS)
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", capture={"top_k": 512}, corpus={"window_tokens": 32})
+    too_many = recipe.capture.model_copy(update={"top_k": 513})
+    with pytest.raises(UserError, match=r"capture\.top_k=513 exceeds the teacher's vocabulary of 512"):
+        _run(recipe, partial(teacher.open_engine, recipe.teacher, too_many, 32))
+
+
+def test_a_source_that_changes_under_capture_is_the_users_error(tmp_path: Path) -> None:
+    from distill_ray.capture import pool
+
+    path = _write(tmp_path / "corpus", "a.jsonl", TEXTS)
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    from distill_ray import corpus
+
+    identity = capture.capture_identity(recipe)
+    tokenizer = corpus.load_tokenizer(recipe.teacher.model, False)
+    units = corpus.plan_units(recipe.corpus, identity.tokenizer, None)
+    path.unlink()
+    stream = pool.summaries(
+        recipe, open_storage(recipe.storage.root), identity, tokenizer, units, ShortTeacher, threading.Event()
+    )
+    with pytest.raises(UserError):
+        list(stream)
+
+
+def test_vllm_teaches_in_a_ray_data_actor(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS)
+    vllm = {"model": str(smollm2_folder()), "engine": "vllm", "batch_tokens": 256}
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", teacher=vllm, capture={"top_k": 64})
+    started = time.monotonic()
+    manifest = _run(recipe)
+    print(f"vLLM capture of {manifest.rows} rows in {time.monotonic() - started:.0f} s")
+    assert manifest.sequences == len(TEXTS)
+    assert manifest.dead == 0
+    assert 0.5 < manifest.mean_kept_mass < 1
+    assert manifest.identity.vocab_size == 49_152
