@@ -1,0 +1,199 @@
+"""The student without Ray: where it comes from, its loss inside the module, adapters, schedule, normalisation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill_ray import student
+from distill_ray.config.sections import LoraSection, LossSection, TrainSection
+from distill_ray.errors import UserError
+from distill_ray.losses import LossSpec, project
+from distill_ray.student.build import cut_config, from_teacher_layers
+from tests.assets import tiny_llama_folder, tiny_teacher_folder
+from tests.stages.train_assets import tiny_recipe
+from tests.unit.student_fakes import VOCAB, documents, pack, steps_of, tiny_config, tiny_model
+
+SPEC = LossSpec(VOCAB, 1.0, 0.2)
+
+
+def test_learning_rate_rises_then_falls_to_its_last_share():
+    section = TrainSection(learning_rate=1.0, warmup_fraction=0.1, final_lr_fraction=0.1)
+    rates = [student.learning_rate(s, 100, section) for s in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert student.learning_rate(0, 1, section.model_copy(update={"warmup_fraction": 0.0})) == pytest.approx(1.0)
+
+
+def test_chosen_layers_of_the_teacher_are_copied_with_their_indices():
+    folder = tiny_llama_folder(vocab=512, layers=4)
+    whole = from_teacher_layers(folder, (0, 1, 2, 3), torch.float32)
+    cut = from_teacher_layers(folder, (0, 3), torch.float32)
+    assert cut.config.num_hidden_layers == 2
+    assert [layer.self_attn.layer_idx for layer in cut.model.layers] == [0, 1]
+    source, got = whole.state_dict(), cut.state_dict()
+    for name, weight in got.items():
+        assert torch.equal(weight, source[name.replace("layers.1.", "layers.3.")]), name
+    assert cut.lm_head.weight is cut.model.embed_tokens.weight
+
+
+def test_settings_of_each_layer_are_cut_with_the_layers():
+    config = tiny_config("Gemma2Config", num_hidden_layers=4)
+    kinds = list(config.layer_types)
+    assert cut_config(config, (1, 2, 3)).layer_types == kinds[1:]
+
+
+def test_layers_out_of_range_are_refused_with_the_range():
+    with pytest.raises(UserError, match=r"layers 0 … 1"):
+        from_teacher_layers(tiny_teacher_folder(), (0, 2), torch.float32)
+
+
+def test_random_student_is_drawn_from_the_seed_and_needs_enough_rows(tmp_path: Path):
+    config = json.loads((tiny_teacher_folder() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    weights = []
+    for seed in (1, 1, 2):
+        recipe = tiny_recipe(tmp_path, student={"config": str(tmp_path)}, train={"seed": seed})
+        model, text = student.build_initial(recipe, tiny_teacher_folder())
+        assert text.num_hidden_layers == 1
+        weights.append(model.model.embed_tokens.weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 500}))
+    with pytest.raises(UserError, match="500 embedding rows"):
+        student.build_initial(tiny_recipe(tmp_path, student={"config": str(tmp_path)}), tiny_teacher_folder())
+
+
+HEADS = [
+    ("LlamaConfig", {"tie_word_embeddings": True}),
+    ("LlamaConfig", {"tie_word_embeddings": False}),
+    ("Gemma2Config", {"final_logit_softcapping": 2.0, "sliding_window": 4, "query_pre_attn_scalar": 8}),
+    ("GraniteConfig", {"logits_scaling": 4.0}),
+    ("CohereConfig", {"logit_scale": 0.25}),
+    ("MistralConfig", {"sliding_window": 4}),
+]
+
+
+@pytest.mark.parametrize(("kind", "extra"), HEADS)
+def test_packed_hidden_states_and_head_give_each_documents_own_logits(kind: str, extra: dict[str, object]):
+    model = tiny_model(tiny_config(kind, **extra))
+    spec = student.loss_spec(model.config, VOCAB, LossSection())
+    module = student.DistillModule(model, spec)
+    rng = np.random.default_rng(0)
+    docs = documents(rng, 3)
+    batch = pack(rng, docs, 30, 1.0)
+    head = {"vocab_size": VOCAB, "logit_scale": spec.logit_scale, "softcap": spec.softcap}
+    with torch.no_grad():
+        got = project(module.hidden_rows(batch), module.head.weight, module.head.bias, **head)
+        expected = torch.cat([model(torch.from_numpy(d)[None]).logits[0, :-1, :VOCAB] for d in docs])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_does_something_unknown_is_refused():
+    model = tiny_model(tiny_config("GraniteConfig", logits_scaling=4.0))
+    with pytest.raises(UserError, match="does not know"):
+        student.DistillModule(model, SPEC)
+
+
+def test_adapters_merge_to_what_peft_computes():
+    model = tiny_model(tiny_config())
+    section = LoraSection(rank=2, alpha=3.0, targets=("q_proj", "down_proj"))
+    student.add_lora(model, section, seed=0)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2
+    assert all("lora_" in n for n in trained)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        adapted = model(ids).logits
+        plain = tiny_model(tiny_config(), seed=1)
+        plain.load_state_dict(student.merge_lora(model.state_dict(), section))
+        torch.testing.assert_close(plain(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [("q_prj",), ("lm_head",)])
+def test_adapters_on_unknown_modules_or_the_head_are_refused(targets: tuple[str, ...]):
+    with pytest.raises(UserError, match=r"student\.lora\.targets"):
+        student.add_lora(tiny_model(tiny_config()), LoraSection(targets=targets), seed=0)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_written_folder_loads_and_brings_the_teachers_tokenizer(tmp_path: Path, tie: bool):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = tiny_model(tiny_config(tie_word_embeddings=tie))
+    student.write_folder(model, model.state_dict(), tiny_teacher_folder(), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float32
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 512
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+
+
+@pytest.fixture
+def one_process_group(tmp_path: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        env = {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        for name, value in {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def test_accumulated_loss_is_normalised_by_the_whole_batch(one_process_group: None):
+    """Very unequal micro-batches: dividing each by its own count would give another curve."""
+    section = TrainSection(
+        precision="fp32", use_gpu=False, zero_stage=2, learning_rate=1e-2, clip_norm=1e9, warmup_fraction=0.0
+    )
+    config = tiny_config(tie_word_embeddings=True)
+    batches = steps_of(np.random.default_rng(1), 3, 3)
+    module = student.DistillModule(tiny_model(config), SPEC)
+    engine = student.StudentEngine.start(module, section, micro_steps=3)
+    source = iter(batches)
+    results = [engine.train_step(source, 3) for _ in range(3)]
+
+    plain = student.DistillModule(tiny_model(config), SPEC).train()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=section.betas, weight_decay=0.0)
+    for step, result in enumerate(results):
+        micro = [b for b in batches if b.step == step]
+        loss = torch.stack([plain(b)[0] for b in micro]).sum() / sum(len(b.rows) for b in micro)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+        optimizer.param_groups[0]["lr"] = student.learning_rate(step, 3, section)
+        optimizer.step()
+        assert result.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+        assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+        assert result.tokens == sum(len(b.rows) for b in micro)
+    state = engine.export_state()
+    assert state is not None
+    trained = dict(plain.named_parameters())
+    torch.testing.assert_close(state["model.norm.weight"], trained["body.norm.weight"].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_other_world_size_or_stage_is_refused_with_the_remedy():
+    section = TrainSection(zero_stage=2)
+    student.check_resumable(2, 2, 2, section, 10)
+    with pytest.raises(UserError, match=r"saved by 4 workers at ZeRO stage 3.*max = 4"):
+        student.check_resumable(4, 3, 2, section, 10)
+
+
+def test_each_rank_needs_its_own_shards_and_the_common_files():
+    names = [
+        "mp_rank_00_model_states.pt",
+        "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "bf16_zero_pp_rank_11_mp_rank_00_optim_states.pt",
+    ]
+    assert student.StudentEngine.needed(names, 1) == names[:2]
