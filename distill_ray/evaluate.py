@@ -132,7 +132,7 @@ def _score_remotely(job: _Job, shown: Progress, stop: threading.Event) -> report
         if not ready:
             continue
         try:
-            item = ray.get(next(stream))
+            item: Any = ray.get(next(stream))
         except RayTaskError as error:
             # Ray's wrapper carries the worker's traceback as its message; a user wants the message alone.
             if isinstance(error.cause, DistillError):
@@ -140,11 +140,11 @@ def _score_remotely(job: _Job, shown: Progress, stop: threading.Event) -> report
             raise
         if isinstance(item, reports.Evaluation):
             return item
-        shown.advance(1, **item)
+        shown.advance(1, tokens_per_s=item)
 
 
-def _score(job: _Job) -> Iterator[dict[str, float] | reports.Evaluation]:
-    """Yields a progress figure a batch, then the sums."""
+def _score(job: _Job) -> Iterator[float | reports.Evaluation]:
+    """Yields tokens/s after every batch, then the sums."""
     import torch
 
     recipe = job.recipe
@@ -168,7 +168,7 @@ def _score(job: _Job) -> Iterator[dict[str, float] | reports.Evaluation]:
                 if sums is before:
                     teacher.add(_on_cpu(teacher_rows(batch, job.identity.vocab_size)))
                     kept_mass.add(batch.targets.log_tail_N.numpy())
-                yield {"tokens_per_s": round(tokens / seconds, 1)}
+                yield round(tokens / seconds, 1)
         del module
     yield reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds)
 

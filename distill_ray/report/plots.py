@@ -35,13 +35,13 @@ def loss_curve(history: list[dict[str, float]]) -> str:
 
 def calibration(diagram: dict[str, dict[str, list[float]]]) -> str:
     """Reliability diagram: how often the top-1 token is right, against the probability the model gives it."""
-    figure, axes = _canvas("top-1 probability", "share of rows where top-1 is the actual token")
+    figure, axes = _canvas("probability of the most likely token", "share of rows where it is right")
     axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":", label="perfect calibration")
     for model, label in MODELS:
         points, colour = diagram[model], COLOURS[model]
         axes.plot(points["confidence"], points["accuracy"], color=colour, marker="o", markersize=3.5, label=label)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
     _legend(axes)
     return _svg(figure, "calibration")
 
@@ -68,6 +68,7 @@ def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)
     axes.tick_params(which="both", colors=_INK, labelsize=8)
+    axes.set_axisbelow(True)
     axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
     for side, spine in axes.spines.items():
         spine.set_color(_INK)

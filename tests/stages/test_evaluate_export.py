@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,26 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill_ray import evaluate, export
-from distill_ray.config import Recipe, parse_recipe
 from distill_ray.errors import IntegrityError, LeaseLostError, StoppedError, UserError
-from distill_ray.lease import Lease, LeaseToken, publish, read_published
+from distill_ray.lease import Lease, publish
 from distill_ray.registry import publish_latest, read_latest
 from distill_ray.report import read_report
-from distill_ray.schema import Sequence, SourceSlice, Unit
+from distill_ray.schema import Sequence
 from distill_ray.session import ray_session
-from distill_ray.storage import Storage, open_storage
+from distill_ray.storage import open_storage
 from distill_ray.student.published import stage_student
-from distill_ray.student.weights import convert_folder
-from distill_ray.targets import (
-    CaptureIdentity,
-    RunManifest,
-    encode_unit,
-    read_run_manifest,
-    unit_key,
-    write_run_manifest,
-)
 from tests.assets import TINY_VOCAB, tiny_llama_folder, tiny_teacher_folder
-from tests.unit.targets_fakes import exact_rows
-
-K = 16
-HELD_OUT = range(1, 8)
-"""Document keys below the holdout's bound; training documents have keys far above it."""
+from tests.stages.trained_run import (
+    HELD_OUT,
+    K,
+    Run,
+    prompt_logits,
+    random_sequences,
+    row_logits,
+    store_capture,
+    store_student,
+    tiny_recipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,105 +48,15 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
-@dataclass
-class Run:
-    """A run that is captured and trained: the student after training is the teacher itself, before it one layer."""
-
-    recipe: Recipe
-    storage: Storage
-    token: LeaseToken
-    sequences: list[Sequence]
-
-    @property
-    def published(self) -> dict[str, dict[str, Any]]:
-        return read_published(self.storage, self.recipe.run_prefix)
-
-    @property
-    def manifest(self) -> RunManifest:
-        return read_run_manifest(self.storage, self.published["targets"])
-
-    def with_(self, **sections: dict[str, Any]) -> Run:
-        data = self.recipe.model_dump()
-        for name, changes in sections.items():
-            data[name] = {**data[name], **changes}
-        return replace(self, recipe=parse_recipe(data))
-
-
-def _sequences() -> list[Sequence]:
-    rng = np.random.default_rng(3)
-    found = []
-    for i in range(10):
-        n = int(rng.integers(5, 40))
-        mask = rng.random(n) < 0.7
-        mask[0], mask[-1] = False, True
-        key = HELD_OUT[i] if i < len(HELD_OUT) else 2**63 + i
-        found.append(Sequence(rng.integers(3, TINY_VOCAB, n).astype(np.int32), mask, key))
-    return found
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, sequence: Sequence) -> np.ndarray:
-    ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None]
-    return model(input_ids=ids).logits[0, :-1].double().numpy()
-
-
-def _capture(storage: Storage, recipe: Recipe, token: LeaseToken, sequences: list[Sequence]) -> None:
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher_folder(), dtype=torch.float32)
-    identity = CaptureIdentity({"weights": "tiny", "engine": "test"}, "tokenizer-hash", TINY_VOCAB, K, (1.0,), 1)
-    units, summaries = [], {}
-    for name, part in (("a", sequences[:4]), ("b", sequences[4:])):
-        content = hashlib.sha256(name.encode()).hexdigest()
-        unit = Unit(content[:32], SourceSlice(f"{name}.jsonl", content, "lines", 0, 1000), 1000)
-        rows = [exact_rows(_logits(teacher, s), s.tokens[1:], K) for s in part]
-        data, summary = encode_unit(identity, unit, part, rows, [], 0.5)
-        storage.put(unit_key(identity, unit.hash), data)
-        units.append(unit)
-        summaries[unit.hash] = summary
-    entry = write_run_manifest(storage, f"{recipe.run_prefix}/targets.parquet", identity, units, summaries)
-    publish(storage, token, "targets", entry | {"captured_tokens": int(summaries[units[0].hash].lengths.sum())})
-
-
-def _train(storage: Storage, recipe: Recipe, token: LeaseToken, folder: Path) -> None:
-    prefix, files = f"{recipe.run_prefix}/student", []
-    for path in sorted(folder.iterdir()):
-        storage.upload(path, f"{prefix}/{path.name}")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files.append({"name": path.name, "size": path.stat().st_size, "sha256": digest})
-    manifest = json.dumps({"step": 2, "files": files}).encode()
-    storage.put(f"{prefix}/manifest.json", manifest)
-    step = {"loss": 3.0, "ce": 4.0, "kl_t": 2.0, "kl_t1": 2.0, "tokens": 50, "seconds": 0.1}
-    lines = [json.dumps({"step": number, **step}) for number in (0, 1)]
-    storage.put(f"{recipe.run_prefix}/metrics.jsonl", ("\n".join(lines) + "\n").encode())
-    entry = {"key": f"{prefix}/manifest.json", "sha256": hashlib.sha256(manifest).hexdigest(), "step": 2}
-    publish(storage, token, "student", entry)
-
-
-def _recipe(root: Path) -> Recipe:
-    return parse_recipe(
-        {
-            "name": "tiny",
-            "version": "2026-W47",
-            "storage": {"root": str(root)},
-            "corpus": {"sources": ["*.jsonl"], "holdout": 0.25, "window_tokens": 64},
-            "teacher": {"model": str(tiny_teacher_folder()), "engine": "transformers", "use_gpu": False},
-            "capture": {"top_k": K},
-            "student": {"teacher_layers": [0]},
-            "train": {"precision": "fp32", "use_gpu": False, "pack_tokens": 64, "global_batch_tokens": 128},
-            "evaluate": {"batch_packs": 2, "ece_bins": 10},
-            "export": {"licence": "apache-2.0"},
-        }
-    )
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Sequence]]:
     """Storage of a captured and trained run, made once; each test works on a copy."""
-    recipe = _recipe(tmp_path_factory.mktemp("template") / "root")
+    recipe = tiny_recipe(tmp_path_factory.mktemp("template") / "root")
     storage = open_storage(recipe.storage.root)
-    sequences = _sequences()
+    sequences = random_sequences()
     with Lease.acquire(storage, recipe.run_prefix) as lease:
-        _capture(storage, recipe, lease.token, sequences)
-        _train(storage, recipe, lease.token, tiny_teacher_folder())
+        store_capture(storage, recipe, lease.token, sequences)
+        store_student(storage, recipe, lease.token, tiny_teacher_folder())
     return Path(recipe.storage.root), sequences
 
 
@@ -158,7 +64,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Seque
 def trained(template: tuple[Path, list[Sequence]], tmp_path: Path) -> Iterator[Run]:
     root, sequences = template
     shutil.copytree(root, tmp_path / "root")
-    recipe = _recipe(tmp_path / "root")
+    recipe = tiny_recipe(tmp_path / "root")
     storage = open_storage(recipe.storage.root)
     with Lease.acquire(storage, recipe.run_prefix) as lease:
         yield Run(recipe, storage, lease.token, sequences)
@@ -172,7 +78,7 @@ def _dense_figures(model: PreTrainedModel, teacher: PreTrainedModel, held_out: l
     """The report's figures from whole distributions, one sequence at a time, with neither packing nor codec."""
     nll, kl, accept, agree, confidence, correct = [], [], [], [], [], []
     for s in held_out:
-        p_NV, q_NV = (torch.from_numpy(_logits(m, s)).log_softmax(-1).numpy() for m in (teacher, model))
+        p_NV, q_NV = (torch.from_numpy(row_logits(m, s)).log_softmax(-1).numpy() for m in (teacher, model))
         for t in np.flatnonzero(s.loss_mask[1:]):
             kept = np.argsort(-p_NV[t])[:K]
             p, q = (np.append(np.exp(x[t, kept]), -np.expm1(np.log(np.exp(x[t, kept]).sum()))) for x in (p_NV, q_NV))
@@ -230,7 +136,7 @@ def test_a_diverged_student_is_refused_by_name_and_no_report_is_written(trained:
         model.model.norm.weight[0] = float("inf")
     model.save_pretrained(tmp_path / "broken")
     AutoTokenizer.from_pretrained(tiny_teacher_folder()).save_pretrained(tmp_path / "broken")
-    _train(trained.storage, trained.recipe, trained.token, tmp_path / "broken")
+    store_student(trained.storage, trained.recipe, trained.token, tmp_path / "broken")
     with pytest.raises(UserError, match="not finite"):
         _evaluate(trained)
     assert "report" not in trained.published
@@ -244,6 +150,14 @@ def test_a_stop_ends_evaluation_and_writes_nothing(trained: Run) -> None:
     with pytest.raises(StoppedError):
         _evaluate(trained, stop=stop)
     assert "report" not in trained.published
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_of_the_scoring_task_arrives_as_itself_without_rays_wrapping(trained: Run) -> None:
+    trained.storage.put(f"{trained.recipe.run_prefix}/student/config.json", b"{}")
+    with pytest.raises(IntegrityError, match="^[^\n]*config.json has 2 bytes[^\n]*$") as caught:
+        _evaluate(trained)
+    assert type(caught.value) is IntegrityError
 
 
 def test_nothing_held_out_is_known_before_training(trained: Run) -> None:
@@ -275,12 +189,6 @@ def _export(run: Run, *, passed: bool = True) -> export.ExportResult:
     return export.run(run.recipe, run.storage, run.token, _report(run, passed))
 
 
-def _logits_of(folder: Path | str, dtype: torch.dtype) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    with torch.no_grad():
-        return model(input_ids=torch.arange(3, 40)[None]).logits.float()
-
-
 def test_the_exported_folder_is_the_student_in_the_stated_type(trained: Run) -> None:
     result = _export(trained)
     assert result == export.ExportResult(f"{trained.storage.uri}/models/tiny/2026-W47", True, "")
@@ -288,8 +196,8 @@ def test_the_exported_folder_is_the_student_in_the_stated_type(trained: Run) -> 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == 2
-    student = _logits_of(tiny_teacher_folder(), torch.float32)
-    assert (_logits_of(folder, torch.float32) - student).abs().max() < 0.02 * student.abs().max()
+    student = prompt_logits(tiny_teacher_folder(), torch.float32)
+    assert (prompt_logits(folder, torch.float32) - student).abs().max() < 0.02 * student.abs().max()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tiny_teacher_folder()).get_vocab()
     assert tokenizer.chat_template
@@ -308,7 +216,7 @@ def test_the_exported_folder_is_the_student_in_the_stated_type(trained: Run) -> 
 
 def test_float32_export_keeps_every_bit(trained: Run) -> None:
     result = _export(trained.with_(export={"dtype": "float32"}))
-    assert torch.equal(_logits_of(result.uri, torch.float32), _logits_of(tiny_teacher_folder(), torch.float32))
+    assert torch.equal(prompt_logits(result.uri, torch.float32), prompt_logits(tiny_teacher_folder(), torch.float32))
 
 
 def _versions(run: Run) -> dict[str, str]:
@@ -343,7 +251,7 @@ def test_an_export_that_is_not_whole_is_done_again(trained: Run, damage: str) ->
     names = {p.name for p in folder.iterdir()}
     assert {f["name"] for f in json.loads((folder / "manifest.json").read_text())["files"]} == names - {"manifest.json"}
     assert not [n for n in names if n.startswith("model-0")]
-    assert torch.isfinite(_logits_of(folder, torch.float32)).all()
+    assert torch.isfinite(prompt_logits(folder, torch.float32)).all()
 
 
 def test_a_student_that_misses_a_bound_is_kept_but_not_the_latest(trained: Run) -> None:
@@ -394,36 +302,6 @@ def test_a_driver_that_lost_its_lease_publishes_neither_report_nor_model(trained
     assert read_latest(trained.storage, "tiny") is None
 
 
-def _weights(folder: Path, **tensors: torch.Tensor) -> Path:
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text('{"dtype": "float32", "eos_token_id": 2, "text_config": {"dtype": "float32"}}')
-    return folder
-
-
-def test_large_weights_are_split_into_shards_that_load_as_one(tmp_path: Path) -> None:
-    source = tiny_teacher_folder()
-    convert_folder(source, tmp_path / "out", "float32", shard_bytes=100_000)
-    shards = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
-    assert len(shards) > 1
-    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    assert torch.equal(_logits_of(tmp_path / "out", torch.float32), _logits_of(source, torch.float32))
-
-
-def test_weights_that_do_not_fit_the_type_or_are_not_finite_are_refused(tmp_path: Path) -> None:
-    large = _weights(tmp_path / "large", a=torch.tensor([1e30]), ids=torch.tensor([7]))
-    with pytest.raises(UserError, match=r"weight a reaches 1e\+30, more than export.dtype=float16"):
-        convert_folder(large, tmp_path / "out1", "float16")
-    convert_folder(large, tmp_path / "out2", "bfloat16")
-    config = json.loads((tmp_path / "out2" / "config.json").read_text())
-    assert (config["dtype"], config["text_config"]["dtype"]) == ("bfloat16", "bfloat16")
-    assert json.loads((tmp_path / "out2" / "generation_config.json").read_text())["eos_token_id"] == 2
-    with pytest.raises(IntegrityError, match="weight a of the trained student is not finite"):
-        convert_folder(_weights(tmp_path / "nan", a=torch.tensor([float("nan")])), tmp_path / "out3", "bfloat16")
-
-
 _VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -436,7 +314,7 @@ print("RESULT", json.dumps([next(iter(row.values())).logprob for row in out[0].p
 
 def test_the_exported_folder_loads_in_vllm_with_the_students_log_probabilities(trained: Run) -> None:
     # vLLM's CPU attention has no kernel for the other tiny models' heads of 16.
-    _train(trained.storage, trained.recipe, trained.token, tiny_llama_folder(vocab=TINY_VOCAB, heads=2))
+    store_student(trained.storage, trained.recipe, trained.token, tiny_llama_folder(vocab=TINY_VOCAB, heads=2))
     folder = _export(trained).uri
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -456,5 +334,5 @@ def test_the_exported_folder_loads_in_vllm_with_the_students_log_probabilities(t
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
     got = torch.tensor(json.loads(line.removeprefix("RESULT ")))
     tokens = torch.arange(3, 40)
-    expected = _logits_of(folder, torch.float32)[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    expected = prompt_logits(folder, torch.float32)[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
     assert (got - expected).abs().max() < 2e-3
