@@ -155,7 +155,7 @@ def test_a_stop_ends_evaluation_and_writes_nothing(trained: Run) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_error_of_the_scoring_task_arrives_as_itself_without_rays_wrapping(trained: Run) -> None:
     trained.storage.put(f"{trained.recipe.run_prefix}/student/config.json", b"{}")
-    with pytest.raises(IntegrityError, match="^[^\n]*config.json has 2 bytes[^\n]*$") as caught:
+    with pytest.raises(IntegrityError, match=r"^[^\n]*config.json has 2 bytes[^\n]*$") as caught:
         _evaluate(trained)
     assert type(caught.value) is IntegrityError
 
