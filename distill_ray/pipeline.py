@@ -17,6 +17,7 @@ from distill_ray import capture, corpus, evaluate, export, targets, teacher, tra
 from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import UserError
 from distill_ray.lease import Lease, LeaseToken, publish, read_published
+from distill_ray.report import failures, read_report
 from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
@@ -131,8 +132,7 @@ def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop
     if stage == "capture":
         capture.run(recipe, storage, token, stop, Progress)
     elif stage == "export":
-        report = json.loads(storage.get(f"{recipe.run_prefix}/report.json"))
-        export.run(recipe, storage, token, report)
+        export.run(recipe, storage, token, read_report(storage, recipe.run_prefix))
     else:
         manifest = targets.read_run_manifest(storage, published["targets"])
         evaluate.require_held_out(manifest, recipe)
@@ -142,13 +142,13 @@ def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop
             timings = {
                 n.removeprefix("timings/"): e["seconds"] for n, e in published.items() if n.startswith("timings/")
             }
-            evaluate.run(recipe, storage, manifest, token, timings=timings)
+            evaluate.run(recipe, storage, manifest, token, timings=timings, stop=stop)
     publish(storage, token, f"timings/{stage}", {"seconds": round(time.monotonic() - started, 3)})
 
 
 def _result(recipe: Recipe, storage: Storage) -> RunResult:
     published = read_published(storage, recipe.run_prefix)
-    report = json.loads(storage.get(f"{recipe.run_prefix}/report.json"))
+    report = read_report(storage, recipe.run_prefix)
     tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
     units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
     manifest = targets.read_run_manifest(storage, published["targets"])
@@ -158,6 +158,6 @@ def _result(recipe: Recipe, storage: Storage) -> RunResult:
         report=report,
         report_uri=f"{storage.uri}/{recipe.run_prefix}/report.html",
         model_uri=f"{storage.uri}/{recipe.model_prefix}",
-        gate_passed=all(bound["passed"] for bound in report["gate"].values()),
+        gate_passed=not failures(report["gate"]),
         notes=notes,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from distill_ray import corpus
 from distill_ray.config import Recipe
 from distill_ray.errors import UserError
+from distill_ray.report import check_require
 from distill_ray.storage import check_access, glob_sources, stage_folder
 
 
@@ -32,6 +33,7 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
     Raises:
         UserError: the first thing that is wrong, with its numbers and the remedy.
     """
+    check_require(recipe.evaluate.require)
     findings = [_batches(recipe)]
     findings.append(_installed(recipe))
     check_access(recipe.storage.root)
