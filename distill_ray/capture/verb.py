@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -83,8 +83,9 @@ def run(
         if pending:
             from distill_ray.capture import pool
 
-            with closing(pool.summaries(recipe, storage, identity, tokenizer, pending, factory, stop)) as stream:
-                for summary in _indexed(storage, identity, stream):
+            stream = pool.summaries(recipe, storage, identity, tokenizer, pending, factory, stop)
+            with closing(stream), closing(_indexed(storage, identity, stream)) as finished:
+                for summary in finished:
                     known[summary.unit] = summary
                     bar.advance(1, **_figures(summary))
     _require_sequences(recipe, units, known)
@@ -99,7 +100,9 @@ def run(
     return targets.read_run_manifest(storage, entry)
 
 
-def _indexed(storage: Storage, identity: CaptureIdentity, stream: Iterator[UnitSummary]) -> Iterator[UnitSummary]:
+def _indexed(
+    storage: Storage, identity: CaptureIdentity, stream: Iterator[UnitSummary]
+) -> Generator[UnitSummary, None, None]:
     """Pass summaries on and add them to the index in batches; what is at hand is added on a stop or an error too."""
     batch: list[UnitSummary] = []
     try:
