@@ -88,8 +88,10 @@ class StudentEngine:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        # A rank sees its own GPU only as Ray lends it, so the current device is the right one.
-        device = torch.device("cuda", torch.cuda.current_device()) if section.use_gpu else torch.device("cpu")
+        # All ranks of a node see all its GPUs; DeepSpeed takes the one numbered LOCAL_RANK, and so must the weights.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if section.use_gpu else torch.device("cpu")
+        if section.use_gpu:
+            torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl" if section.use_gpu else "gloo")
         module.to(device)
         module.train()

@@ -62,10 +62,10 @@ class Board:
         return self._error, self._final
 
 
-def start_board() -> Any:
+def start_board(kind: type[Board] = Board) -> Any:
     """The actor, on the driver's own node: it lives as long as the driver does."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote()

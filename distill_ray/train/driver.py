@@ -14,7 +14,7 @@ from distill_ray.lease import LeaseToken
 from distill_ray.storage import Storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
-from distill_ray.train.board import News, start_board
+from distill_ray.train.board import Board, News, start_board
 from distill_ray.train.result import published_student
 from distill_ray.train.worker import Job, make_plan, work
 
@@ -30,6 +30,7 @@ def run(
     progress: type[Progress] = Progress,
     *,
     stop_grace_s: float = 300.0,
+    board_class: type[Board] = Board,
 ) -> dict[str, Any]:
     """Train the student and publish it; goes on from the newest whole checkpoint. Ray is already connected.
 
@@ -40,6 +41,7 @@ def run(
         token: of the run's lease; every checkpoint and the result are published against it.
         stop: set it to save a checkpoint and stop.
         progress: makes the progress display.
+        board_class: what driver and workers talk through; tests give one that stops or kills at a chosen step.
         stop_grace_s: seconds that workers get to finish their step and save, after `stop`.
 
     Returns:
@@ -55,7 +57,7 @@ def run(
     if found is not None:
         return found
     steps = make_plan(recipe, manifest).steps
-    board = start_board()
+    board = start_board(board_class)
     fit = _Fit(Job(recipe, storage, manifest, token, board))
     with progress("train", steps, "steps") as shown:
         _watch(fit, board, shown, stop, stop_grace_s)

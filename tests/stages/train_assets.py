@@ -23,7 +23,7 @@ TEMPERATURE = 2.0
 
 
 def tiny_recipe(root: Path | str, version: str = "v1", **sections: dict[str, object]) -> Recipe:
-    """Two CPU workers, fp32, two micro-batches of one pack on each, a student of one teacher layer."""
+    """Two CPU workers, fp32, three packs a batch, so that one worker's second micro-batch is always empty."""
     base: dict[str, dict[str, object]] = {
         "storage": {"root": str(root)},
         "corpus": {"sources": ["unused.jsonl"], "window_tokens": 48, "holdout": 0.0},
@@ -32,7 +32,8 @@ def tiny_recipe(root: Path | str, version: str = "v1", **sections: dict[str, obj
         "student": {"teacher_layers": [1]},
         "loss": {"temperature": TEMPERATURE, "hard_label_weight": 0.2},
         "train": {
-            "global_batch_tokens": 4 * 64,
+            "epochs": 2,
+            "global_batch_tokens": 3 * 64,
             "pack_tokens": 64,
             "learning_rate": 5e-3,
             "warmup_fraction": 0.3,
@@ -52,7 +53,7 @@ def tiny_recipe(root: Path | str, version: str = "v1", **sections: dict[str, obj
     return parse_recipe({"name": "tiny", "version": version, **base})
 
 
-def make_targets(storage: Storage, recipe: Recipe, *, sequences: int = 40) -> targets.RunManifest:
+def make_targets(storage: Storage, recipe: Recipe, *, sequences: int = 36) -> targets.RunManifest:
     """Capture ragged random sequences with the dense float32 teacher and write the run's manifest."""
     rng = np.random.default_rng(7)
     identity = targets.CaptureIdentity(
@@ -67,9 +68,7 @@ def make_targets(storage: Storage, recipe: Recipe, *, sequences: int = 40) -> ta
         storage.put(targets.unit_key(identity, unit.hash), data)
         units.append(unit)
         summaries[unit.hash] = summary
-    entry = targets.write_run_manifest(
-        storage, f"{recipe.run_prefix}/targets.parquet", identity, units, summaries
-    )
+    entry = targets.write_run_manifest(storage, f"{recipe.run_prefix}/targets.parquet", identity, units, summaries)
     return targets.read_run_manifest(storage, entry)
 
 
