@@ -202,7 +202,8 @@ def check_resumable(saved_world: int, saved_stage: int, world: int, section: Tra
         raise UserError(
             f"the checkpoint of step {step} was saved by {saved_world} workers at ZeRO stage {saved_stage}; this "
             f"command has {world} workers at stage {section.zero_stage}. Resume with train.workers = "
-            f"{{ min = {saved_world}, max = {saved_world} }} and train.zero_stage = {saved_stage}, or start a new --version"
+            f"{{ min = {saved_world}, max = {saved_world} }} and train.zero_stage = {saved_stage}, or start "
+            "a new --version"
         )
 
 
