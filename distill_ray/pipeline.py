@@ -23,7 +23,6 @@ from distill_ray.session import ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
 from distill_ray.telemetry import Progress
 
-
 STAGES = tuple(ARTEFACT_OF)
 
 

@@ -11,7 +11,6 @@ from distill_ray.schema import ARTEFACT_OF
 from distill_ray.storage import open_storage
 
 
-
 @dataclass(frozen=True)
 class Status:
     """What the run's record says."""
