@@ -30,9 +30,11 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
     local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
     if local:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray's own processes print warnings of theirs on our terminal; what matters arrives as an exception.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
-    env = {"runtime_env": {"env_vars": _WORKER_ENV}, "log_to_driver": False, "logging_level": logging.ERROR}
+    env = {"runtime_env": {"env_vars": _WORKER_ENV}, "log_to_driver": False, "logging_level": logging.CRITICAL}
     if local:
         cpus = num_cpus or max(4, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **env)

@@ -14,7 +14,7 @@ from distill_ray.capture.stages import EngineFactory, sequence_count
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import UserError
-from distill_ray.lease import LeaseToken, publish
+from distill_ray.lease import LeaseToken, publish, put_owned
 from distill_ray.schema import DeadLetter, Unit, UnitSummary
 from distill_ray.storage import Storage, stage_folder
 from distill_ray.targets import CaptureIdentity, RunManifest
@@ -89,8 +89,8 @@ def run(
                     known[summary.unit] = summary
                     bar.advance(1, **_figures(summary))
     _require_sequences(recipe, units, known)
-    _write_dead_letters(storage, recipe, identity, units, known)
-    entry = targets.write_run_manifest(storage, f"{recipe.run_prefix}/targets.parquet", identity, units, known)
+    _write_dead_letters(storage, token, identity, units, known)
+    entry = targets.write_run_manifest(storage, token, identity, units, known)
     counts = {
         "captured": len(pending),
         "reused": len(units) - len(pending),
@@ -134,7 +134,7 @@ def _require_sequences(recipe: Recipe, units: list[Unit], known: dict[str, UnitS
 
 
 def _write_dead_letters(
-    storage: Storage, recipe: Recipe, identity: CaptureIdentity, units: list[Unit], known: dict[str, UnitSummary]
+    storage: Storage, token: LeaseToken, identity: CaptureIdentity, units: list[Unit], known: dict[str, UnitSummary]
 ) -> None:
     """Write the run's `dead-letters.jsonl` anew from the units' own lists, so that no rerun lists one twice."""
     letters: list[DeadLetter] = []
@@ -144,4 +144,4 @@ def _write_dead_letters(
             found = targets.open_unit(storage, identity, unit.hash).dead
             letters += [replace(letter, source=unit.source.uri) for letter in found]
     text = "".join(json.dumps(asdict(letter), ensure_ascii=False) + "\n" for letter in letters)
-    storage.put(f"{recipe.run_prefix}/dead-letters.jsonl", text.encode())
+    put_owned(storage, token, f"{token.run_prefix}/dead-letters.jsonl", text.encode())

@@ -45,7 +45,7 @@ class CorpusSection(Section):
     sources: Placement[tuple[Uri, ...]] = Field(min_length=1)
     """Files or globs, local or `s3://`. What they hold, not where they lie, is the identity (through unit hashes)."""
     format: Identity[Literal["text", "prompt_completion", "messages"]] = "text"
-    """`text`: a document a record; `prompt_completion`: supervised on the completion; `messages`: on assistant turns."""
+    """`text`: one a record; `prompt_completion`: supervised on the completion; `messages`: on assistant turns."""
     text_column: Identity[str] = "text"
     """Column or key that holds the document; `format = "text"` only."""
     holdout: Identity[float] = Field(0.01, ge=0, le=0.5)

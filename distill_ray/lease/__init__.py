@@ -7,7 +7,7 @@ moment between "am I still the owner?" and "write". Anything that the record doe
 
 from distill_ray.lease.hold import Lease
 from distill_ray.lease.owner import Owner, is_dead, this_process
-from distill_ray.lease.record import LeaseRecord, LeaseToken, is_live, publish, read_published, read_record
+from distill_ray.lease.record import LeaseRecord, LeaseToken, is_live, publish, put_owned, read_published, read_record
 
 __all__ = [
     "Lease",
@@ -17,6 +17,7 @@ __all__ = [
     "is_dead",
     "is_live",
     "publish",
+    "put_owned",
     "read_published",
     "read_record",
     "this_process",

@@ -55,6 +55,25 @@ def publish(storage: Storage, token: LeaseToken, name: str, entry: dict[str, Any
     update(storage, token, add)
 
 
+def put_owned(storage: Storage, token: LeaseToken, key: str, data: bytes) -> None:
+    """Write `key` so that a driver that lost its lease cannot overwrite its successor's object.
+
+    The object's version is read before the ownership: a successor that writes after the check changes the version.
+
+    Raises LeaseLostError, StorageError.
+    """
+    for _ in range(CONFLICTS):
+        info = storage.head(key)
+        _require_owned(read_record(storage, token.run_prefix), token)
+        try:
+            storage.put_if(key, data, None if info is None else info.version)
+        except ConflictError:
+            pause()
+        else:
+            return
+    raise StorageError(f"{storage.uri}/{key}: {CONFLICTS} writes in a row met another writer's; run again")
+
+
 def read_published(storage: Storage, run_prefix: str) -> dict[str, dict[str, Any]]:
     """Everything that the run has published, by name; {} before its first start."""
     record = read_record(storage, run_prefix)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_ray.errors import IntegrityError, UserError
+from distill_ray.lease import LeaseToken, put_owned
 from distill_ray.schema import Unit, UnitSummary
 from distill_ray.storage.base import NotFoundError, Storage
 from distill_ray.targets.identity import CaptureIdentity
@@ -116,7 +117,7 @@ class RunManifest:
 
 def write_run_manifest(
     storage: Storage,
-    key: str,
+    token: LeaseToken,
     identity: CaptureIdentity,
     units: list[Unit],
     summaries: Mapping[str, UnitSummary],
@@ -125,7 +126,7 @@ def write_run_manifest(
 
     Args:
         storage: the run's store.
-        key: `runs/<name>/<version>/targets.parquet`.
+        token: of the run's lease; the manifest becomes `<run>/targets.parquet`.
         identity: the capture.
         units: the run's plan.
         summaries: unit hash → summary, for at least these units.
@@ -145,7 +146,8 @@ def write_run_manifest(
     table = table.append_column("source", pa.array([u.source.uri for u in units], pa.string()))
     text = json.dumps(identity.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
     data = table_bytes(table.replace_schema_metadata({_IDENTITY: text, _VERSION: str(SCHEMA_VERSION)}))
-    storage.put(key, data)
+    key = f"{token.run_prefix}/targets.parquet"
+    put_owned(storage, token, key, data)
     manifest = _parse(data, key)
     return {
         "key": key,

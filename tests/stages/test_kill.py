@@ -1,4 +1,4 @@
-"""Kill anywhere: SIGKILL the driver and all its processes at random instants of every stage, then give the command again."""
+"""Kill anywhere: SIGKILL the driver and all its processes at random instants of every stage, then run it again."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from distill_ray import targets
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config import Recipe, parse_recipe
 from distill_ray.ingest import BatchPlan, SeqRef
+from distill_ray.lease import Lease
 from distill_ray.schema import Sequence, SourceSlice, TargetRows, Unit
 from distill_ray.storage import Storage
 from tests.assets import TINY_VOCAB, tiny_teacher_folder
@@ -68,7 +69,8 @@ def make_targets(storage: Storage, recipe: Recipe, *, sequences: int = 36) -> ta
         storage.put(targets.unit_key(identity, unit.hash), data)
         units.append(unit)
         summaries[unit.hash] = summary
-    entry = targets.write_run_manifest(storage, f"{recipe.run_prefix}/targets.parquet", identity, units, summaries)
+    with Lease.acquire(storage, recipe.run_prefix) as lease:
+        entry = targets.write_run_manifest(storage, lease.token, identity, units, summaries)
     return targets.read_run_manifest(storage, entry)
 
 

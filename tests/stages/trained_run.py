@@ -86,7 +86,7 @@ def store_capture(storage: Storage, recipe: Recipe, token: LeaseToken, sequences
         storage.put(unit_key(identity, unit.hash), data)
         units.append(unit)
         summaries[unit.hash] = summary
-    entry = write_run_manifest(storage, f"{recipe.run_prefix}/targets.parquet", identity, units, summaries)
+    entry = write_run_manifest(storage, token, identity, units, summaries)
     publish(storage, token, "targets", entry | {"captured_tokens": int(summaries[units[0].hash].lengths.sum())})
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distill_ray import targets
-from distill_ray.errors import IntegrityError, UserError
+from distill_ray.errors import IntegrityError, LeaseLostError, UserError
 from distill_ray.lease import Lease, publish
 from distill_ray.schema import UnitSummary
 from distill_ray.storage import NotFoundError, open_storage
@@ -202,9 +202,9 @@ def manifest(storage, names=("a", "b"), publish_it=True):
     units = [unit(n, uri=f"corpus/{n}.jsonl", multiplicity=i + 1) for i, n in enumerate(names)]
     summaries = {s.unit: s for s in (capture(storage, n) for n in names)}
     targets.append_index(storage, FP, summaries.values())
-    entry = targets.write_run_manifest(storage, f"{RUN}/targets.parquet", OF, units, summaries)
-    if publish_it:
-        with Lease.acquire(storage, RUN) as lease:
+    with Lease.acquire(storage, RUN) as lease:
+        entry = targets.write_run_manifest(storage, lease.token, OF, units, summaries)
+        if publish_it:
             publish(storage, lease.token, "targets", entry)
     return units, summaries, entry
 
@@ -225,8 +225,18 @@ def test_a_run_manifest_comes_back(storage):
 
 
 def test_a_manifest_of_units_not_captured_is_refused(storage):
-    with pytest.raises(UserError, match="1 of 1 units are not captured"):
-        targets.write_run_manifest(storage, "m", OF, [unit()], {})
+    with Lease.acquire(storage, RUN) as lease, pytest.raises(UserError, match="1 of 1 units are not captured"):
+        targets.write_run_manifest(storage, lease.token, OF, [unit()], {})
+
+
+def test_a_driver_whose_lease_is_over_does_not_overwrite_the_manifest(storage):
+    with Lease.acquire(storage, RUN) as lease:
+        old = lease.token
+    units, summaries, entry = manifest(storage)
+    before = storage.get(entry["key"])
+    with pytest.raises(LeaseLostError):
+        targets.write_run_manifest(storage, old, OF, units[:1], summaries)
+    assert storage.get(entry["key"]) == before
 
 
 def test_an_altered_or_missing_manifest_is_refused(storage):
