@@ -23,7 +23,7 @@ _MANIFEST = "manifest.json"
 def publish_student(
     job: Job, model: PreTrainedModel, state: dict[str, Tensor], teacher_folder: Path, steps: int
 ) -> None:
-    """Write the folder under `<run>/student/` and publish it as "student". Called by rank 0.
+    """Write the folder under `<run>/student/e<epoch>/` and publish it as "student". Called by rank 0.
 
     Args:
         job: storage, token and recipe.
@@ -38,7 +38,8 @@ def publish_student(
     from distill_ray.student import merge_lora, write_folder
 
     lora = job.recipe.student.lora
-    prefix = f"{job.token.run_prefix}/student"
+    # With the epoch in the key, a driver that lost its lease cannot touch its successor's files.
+    prefix = f"{job.token.run_prefix}/student/e{job.token.epoch:04d}"
     files = []
     with tempfile.TemporaryDirectory(prefix="distill-ray-student-") as folder:
         write_folder(model, merge_lora(state, lora) if lora else state, teacher_folder, Path(folder))
