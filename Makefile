@@ -39,7 +39,7 @@ format: .venv/ready
 	touch $@
 
 .quickstart/ready: .venv/ready jobs/quickstart_assets.py
-	$(BIN)/python jobs/quickstart_assets.py .quickstart --max-chars 60000
+	$(BIN)/python jobs/quickstart_assets.py .quickstart --max-chars 42000
 	touch $@
 
 .test-assets/ready: .venv/ready jobs/quickstart_assets.py
