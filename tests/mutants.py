@@ -102,8 +102,8 @@ MUTANTS = (
     Mutant(
         "NaN from the engine written to the store",
         "distill_ray/targets/validate.py",
-        "np.isnan(rows.logprobs_NK).any(axis=1),",
-        "np.zeros(len(rows.logprobs_NK), bool),",
+        "    _check_finite(rows)\n",
+        "",
         UNIT + "test_targets_validate.py::test_broken_rows_are_refused",
     ),
     Mutant(
@@ -163,7 +163,7 @@ MUTANTS = (
         "distill_ray/ingest/batch.py",
         "self.log_tail_T.append(stored.log_tail_at[temperature][rows])",
         "self.log_tail_T.append(np.full(len(rows), -30.0, np.float32))",
-        UNIT + "test_ingest_loader.py",
+        UNIT + "test_ingest_loader.py::test_row_t_stands_for_token_t_plus_one",
     ),
     Mutant(
         "tail mass by subtraction",

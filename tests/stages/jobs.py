@@ -117,6 +117,11 @@ class Job:
         lines = open_storage(self.root).get(f"runs/tiny/{version}/metrics.jsonl").decode().splitlines()
         return [(m["step"], m["loss"]) for m in map(json.loads, lines)]
 
+    def unit_objects(self) -> list[Path]:
+        """The target objects under a local root."""
+        found = Path(self.root, "targets").rglob("*.parquet")
+        return sorted(p for p in found if p.parent.name != "index" and not p.name.startswith("."))
+
     def rows(self, version: str = "v1") -> list[tuple[str, int, bytes, bytes]]:
         """(unit, sequence, tokens, packed rows) of everything the run uses, sorted, doubles kept."""
         storage = open_storage(self.root)

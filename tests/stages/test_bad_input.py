@@ -160,14 +160,10 @@ def copy_of(captured: Path, tmp_path: Path) -> Job:
     return Job(tmp_path, str(tmp_path / "root"))
 
 
-def unit_objects(job: Job) -> list[Path]:
-    return sorted(p for p in Path(job.root, "targets").rglob("*.parquet") if p.parent.name != "index")
-
-
 @pytest.mark.parametrize("damage", [damage_truncate, damage_flip])
 def test_a_damaged_target_file_is_refused_by_training(damage: Callable[[Path], None], captured: Path, tmp_path: Path):
     job = copy_of(captured, tmp_path)
-    victim = unit_objects(job)[0]
+    victim = job.unit_objects()[0]
     damage(victim)
     failed = job.start(command="train")
     assert failed.wait(240) not in (0, 2)

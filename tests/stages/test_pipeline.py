@@ -55,16 +55,14 @@ def test_another_recipe_under_the_same_version_is_refused(done: Job):
 
 
 def test_next_week_captures_only_the_new_file(done: Job):
-    objects = {
-        p: p.stat().st_mtime_ns for p in Path(done.root, "targets").rglob("*.parquet") if p.parent.name != "index"
-    }
+    objects = {p: p.stat().st_mtime_ns for p in done.unit_objects()}
     old_units = {unit for unit, *_ in done.rows()}
     write_documents(done.data / "c.jsonl", 24, 4)
     noted = done.run()
     assert "came after this version" in noted.stdout
     done.run("--version", "v2", command="capture")
     units = {unit for unit, *_ in done.rows("v2")}
-    fresh = {p for p in Path(done.root, "targets").rglob("*.parquet") if p.parent.name != "index"} - set(objects)
+    fresh = set(done.unit_objects()) - set(objects)
     assert units > old_units
     assert {p.stem for p in fresh} == units - old_units
     assert {p: p.stat().st_mtime_ns for p in objects} == objects
