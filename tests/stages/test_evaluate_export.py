@@ -312,6 +312,7 @@ print("RESULT", json.dumps([next(iter(row.values())).logprob for row in out[0].p
 """
 
 
+@pytest.mark.slow
 def test_the_exported_folder_loads_in_vllm_with_the_students_log_probabilities(trained: Run) -> None:
     # vLLM's CPU attention has no kernel for the other tiny models' heads of 16.
     store_student(trained.storage, trained.recipe, trained.token, tiny_llama_folder(vocab=TINY_VOCAB, heads=2))

@@ -92,6 +92,7 @@ def _bucket_kl(dense: np.ndarray, rows: TargetRows) -> np.ndarray:
     return kept + tail * (np.log(tail) - np.maximum(rows.log_tail_N, np.log(1e-9)))
 
 
+@pytest.mark.slow  # a CPU without bfloat16 instructions multiplies it a hundred times slower
 def test_vllm_bfloat16_errs_no_more_than_transformers(
     tmp_path: Path, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
