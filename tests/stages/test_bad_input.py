@@ -160,7 +160,7 @@ def copy_of(captured: Path, tmp_path: Path) -> Job:
     return Job(tmp_path, str(tmp_path / "root"))
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip])
+@pytest.mark.parametrize("damage", [damage_truncate, pytest.param(damage_flip, marks=pytest.mark.slow)])
 def test_a_damaged_target_file_is_refused_by_training(damage: Callable[[Path], None], captured: Path, tmp_path: Path):
     job = copy_of(captured, tmp_path)
     victim = job.unit_objects()[0]

@@ -59,6 +59,10 @@ class Run:
         assert [line["step"] for line in lines] == list(range(len(lines)))
         return [line["loss"] for line in lines]
 
+    def student_folder(self, root: Path) -> Path:
+        """The published student's folder; its key holds the lease's epoch."""
+        return root / Path(read_published(self.storage, self.recipe.run_prefix)["student"]["key"]).parent
+
     def shard(self, step: int, rank: int) -> str:
         prefix = f"{self.recipe.run_prefix}/checkpoints/step-{step:08d}/"
         return next(i.key for i in self.storage.list(prefix) if f"zero_pp_rank_{rank}_" in i.key)
@@ -196,7 +200,7 @@ def test_lora_trains_adapters_only_and_merges(root: Path) -> None:
         student={"teacher_layers": [1], "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "up_proj"]}},
     )
     run.train()
-    folder = root / run.recipe.run_prefix / "student"
+    folder = run.student_folder(root)
     trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     teacher = AutoModelForCausalLM.from_pretrained(run.recipe.teacher.model, dtype=torch.float32).state_dict()
     changed = {n for n, w in trained.items() if not torch.equal(w, teacher[n.replace("layers.0", "layers.1")])}
@@ -221,9 +225,7 @@ def test_a_student_equal_to_its_teacher_has_kl_below_1e_3_at_every_position(root
     run.train()
     assert all(0 <= line["kl_t1"] < 1e-3 and 0 <= line["kl_t"] < 1e-3 for line in run.history())
 
-    trained = run.recipe.model_copy(
-        update={"student": StudentSection(model=str(root / run.recipe.run_prefix / "student"))}
-    )
+    trained = run.recipe.model_copy(update={"student": StudentSection(model=str(run.student_folder(root)))})
     model, config = build_initial(trained, tiny_teacher_folder())
     module = DistillModule(model, loss_spec(config, TINY_VOCAB, run.recipe.loss))
     plan = make_plan(run.recipe, run.manifest)
