@@ -24,9 +24,9 @@ Uri = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 class Range(Section):
     """An elastic count, `{ min = …, max = … }`."""
 
-    min: Placement[int] = Field(1, ge=0)
+    min: Placement[int] = Field(default=1, ge=0)
     """Least number kept while there is work; 0 to 4,096."""
-    max: Placement[int] = Field(1, ge=1, le=4096)
+    max: Placement[int] = Field(default=1, ge=1, le=4096)
     """Greatest number; 1 to 4,096."""
 
     @model_validator(mode="after")
@@ -48,13 +48,13 @@ class CorpusSection(Section):
     """`text`: one a record; `prompt_completion`: supervised on the completion; `messages`: on assistant turns."""
     text_column: Identity[str] = "text"
     """Column or key that holds the document; `format = "text"` only."""
-    holdout: Identity[float] = Field(0.01, ge=0, le=0.5)
+    holdout: Identity[float] = Field(default=0.01, ge=0, le=0.5)
     """Share of source documents kept out of training, chosen by document hash; 0 to 0.5."""
-    window_tokens: Identity[int] = Field(4096, ge=2, le=1_048_576)
+    window_tokens: Identity[int] = Field(default=4096, ge=2, le=1_048_576)
     """Most tokens in one sequence; longer documents become several windows."""
-    window_overlap: Identity[int] = Field(1, ge=1)
+    window_overlap: Identity[int] = Field(default=1, ge=1)
     """Tokens a later window repeats from the one before as context; every token is supervised once. 1 or more."""
-    unit_bytes: Identity[int] = Field(4 * 2**20, ge=1024)
+    unit_bytes: Identity[int] = Field(default=4 * 2**20, ge=1024)
     """Source bytes (before compression) of one unit of work; about 1 M tokens at the default 4 MiB."""
 
     @model_validator(mode="after")
@@ -80,24 +80,24 @@ class TeacherSection(Section):
     """vLLM quantisation name (`fp8`, …) where the checkpoint does not state it."""
     trust_remote_code: Identity[bool] = False
     """Run Python code that comes with the model folder."""
-    tensor_parallel: Placement[int] = Field(1, ge=1, le=64)
+    tensor_parallel: Placement[int] = Field(default=1, ge=1, le=64)
     """GPUs (on a CPU: processes) one replica's layers are split over."""
-    pipeline_parallel: Placement[int] = Field(1, ge=1, le=64)
+    pipeline_parallel: Placement[int] = Field(default=1, ge=1, le=64)
     """Stages one replica's layers are split into."""
     replicas: Placement[Range] = Range(min=1, max=1)
     """Teacher actors, scaled by Ray Data between min and max."""
-    batch_tokens: Placement[int] = Field(8192, ge=64)
+    batch_tokens: Placement[int] = Field(default=8192, ge=64)
     """Tokens vLLM schedules in one step."""
-    gpu_memory_share: Placement[float] = Field(0.9, gt=0, le=1)
+    gpu_memory_share: Placement[float] = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes."""
-    cpu_cache_gib: Placement[int] = Field(1, ge=1)
+    cpu_cache_gib: Placement[int] = Field(default=1, ge=1)
     """KV cache of vLLM's CPU build, GiB."""
     use_gpu: Placement[bool] = True
     """False: the CPU build of vLLM, or transformers on the CPU."""
 
 
 class CaptureSection(Section):
-    top_k: Identity[int] = Field(64, ge=1, le=512)
+    top_k: Identity[int] = Field(default=64, ge=1, le=512)
     """Teacher tokens kept per position."""
     temperatures: Identity[tuple[float, ...]] = (1.0,)
     """Temperatures at which the tail mass is stored exactly; 1.0 always is. Each 0.05 to 20."""
@@ -117,9 +117,9 @@ class CaptureSection(Section):
 
 
 class LoraSection(Section):
-    rank: Identity[int] = Field(16, ge=1)
+    rank: Identity[int] = Field(default=16, ge=1)
     """Rank of the adapters."""
-    alpha: Identity[float] = Field(32.0, gt=0)
+    alpha: Identity[float] = Field(default=32.0, gt=0)
     """Scale of the adapters; the update is multiplied by alpha / rank."""
     targets: Identity[tuple[str, ...]] = (
         "q_proj",
@@ -154,36 +154,36 @@ class StudentSection(Section):
 class LossSection(Section):
     objective: Identity[Literal["bucket"]] = "bucket"
     """KL over the kept tokens plus one bucket for the tail."""
-    temperature: Identity[float] = Field(1.0, gt=0)
+    temperature: Identity[float] = Field(default=1.0, gt=0)
     """Distillation temperature; must be one of capture.temperatures."""
     hard_label_weight: Identity[Fraction] = 0.1
     """α of (1 − α)·T²·KL + α·CE; 0 to 1."""
 
 
 class TrainSection(Section):
-    epochs: Identity[int] = Field(1, ge=1)
+    epochs: Identity[int] = Field(default=1, ge=1)
     """Passes over the training targets."""
-    global_batch_tokens: Identity[int] = Field(262_144, ge=8)
+    global_batch_tokens: Identity[int] = Field(default=262_144, ge=8)
     """Tokens of one optimizer step over all workers; a multiple of pack_tokens."""
-    pack_tokens: Identity[int] = Field(4096, ge=8)
+    pack_tokens: Identity[int] = Field(default=4096, ge=8)
     """Tokens of one packed row; at least corpus.window_tokens."""
-    micro_batch_packs: Placement[int] = Field(1, ge=1)
+    micro_batch_packs: Placement[int] = Field(default=1, ge=1)
     """Packed rows of one forward pass on one worker; the rest is gradient accumulation."""
-    learning_rate: Identity[float] = Field(2e-5, gt=0)
+    learning_rate: Identity[float] = Field(default=2e-5, gt=0)
     """Peak learning rate of AdamW."""
     warmup_fraction: Identity[Fraction] = 0.03
     """Share of the steps over which the rate rises from 0."""
     final_lr_fraction: Identity[Fraction] = 0.1
     """Where the cosine ends, as a share of the peak."""
-    weight_decay: Identity[float] = Field(0.0, ge=0)
+    weight_decay: Identity[float] = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     betas: Identity[tuple[Fraction, Fraction]] = (0.9, 0.95)
     """Adam's moment decay rates."""
-    clip_norm: Identity[float] = Field(1.0, gt=0)
+    clip_norm: Identity[float] = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down."""
     precision: Identity[Literal["bf16", "fp32"]] = "bf16"
     """Arithmetic of the student."""
-    seed: Identity[int] = Field(0, ge=0)
+    seed: Identity[int] = Field(default=0, ge=0)
     """Fixes data order and random weights."""
     workers: Placement[Range] = Range(min=1, max=1)
     """Ray Train workers."""
@@ -195,11 +195,11 @@ class TrainSection(Section):
     """Recompute activations in the backward pass."""
     use_gpu: Placement[bool] = True
     """False: train on CPUs with gloo."""
-    checkpoint_every: Placement[int] = Field(200, ge=1)
+    checkpoint_every: Placement[int] = Field(default=200, ge=1)
     """Optimizer steps between checkpoints."""
-    keep_checkpoints: Placement[int] = Field(2, ge=1)
+    keep_checkpoints: Placement[int] = Field(default=2, ge=1)
     """Newest checkpoints kept, beside the best."""
-    max_failures: Placement[int] = Field(3, ge=0)
+    max_failures: Placement[int] = Field(default=3, ge=0)
     """Restarts of the worker group within one command."""
 
     @model_validator(mode="after")
@@ -218,11 +218,11 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    ece_bins: Identity[int] = Field(15, ge=2, le=1000)
+    ece_bins: Identity[int] = Field(default=15, ge=2, le=1000)
     """Equal-width confidence bins of the expected calibration error."""
-    max_sequences: Identity[int] = Field(2000, ge=1)
+    max_sequences: Identity[int] = Field(default=2000, ge=1)
     """Held-out sequences scored, the first ones by document hash."""
-    batch_packs: Placement[int] = Field(1, ge=1)
+    batch_packs: Placement[int] = Field(default=1, ge=1)
     """Packed rows of one forward pass."""
     require: Placement[dict[str, float]] = Field(default_factory=dict)
     """Bounds on the trained student: `kl_t1`, `perplexity`, `ece` at most; `top1_agreement`, `acceptance` at least."""
