@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test test-kill test-mutants test-slow check format clean
+.PHONY: quickstart test test-kill test-mutants test-quickstart test-slow check format clean
 
 quickstart: .venv/ready .quickstart/ready
 	$(BIN)/python jobs/quickstart.py
@@ -15,6 +15,9 @@ test-kill: .venv/ready .test-assets/ready
 
 test-mutants: .venv/ready .test-assets/ready
 	$(BIN)/pytest -m mutants
+
+test-quickstart: .venv/ready .quickstart/ready
+	$(BIN)/pytest -m quickstart
 
 test-slow: .venv/ready .test-assets/ready
 	$(BIN)/pytest -m slow

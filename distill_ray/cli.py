@@ -68,8 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nstopped: {error}\nnothing finished is lost; resume with:\n  {_resume_command(argv)}", file=sys.stderr)
         return error.exit_code
     except DistillError as error:
-        if error.exit_code != 2:
-            raise
         print(f"distill-ray: {error}", file=sys.stderr)
         return error.exit_code
 

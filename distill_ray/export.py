@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from distill_ray.config import Recipe
-from distill_ray.errors import DistillError
-from distill_ray.lease import LeaseToken, publish, read_published
+from distill_ray.errors import DistillError, IntegrityError
+from distill_ray.lease import LeaseToken, publish, read_published, read_whole_folder, store_folder
 from distill_ray.registry import publish_latest, read_latest
 from distill_ray.report import failures, model_card
-from distill_ray.storage import NotFoundError, Storage
+from distill_ray.storage import Storage
 from distill_ray.student.published import stage_student
 from distill_ray.student.weights import convert_folder
 from distill_ray.telemetry import Progress
-
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -71,16 +67,10 @@ def run(
 def _is_whole(storage: Storage, entry: dict[str, Any], recipe: Recipe, student: dict[str, Any]) -> bool:
     """Whether the published export is of this student and type, and every file is there at its size."""
     try:
-        data = storage.get(entry["key"])
-    except NotFoundError:
+        manifest = read_whole_folder(storage, entry)
+    except IntegrityError:
         return False
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        return False
-    manifest = json.loads(data)
-    if (manifest["student"], manifest["dtype"]) != (student["sha256"], recipe.export.dtype):
-        return False
-    sizes = {info.key: info.size for info in storage.list(f"{recipe.model_prefix}/")}
-    return all(sizes.get(f"{recipe.model_prefix}/{f['name']}") == f["size"] for f in manifest["files"])
+    return (manifest["student"], manifest["dtype"]) == (student["sha256"], recipe.export.dtype)
 
 
 def _export(
@@ -97,33 +87,15 @@ def _export(
         report, teacher=_teacher_name(recipe), licence=recipe.export.licence, recipe=recipe.model_dump(mode="json")
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    files = []
-    with progress("export", len(paths), "files") as shown:
-        for path in paths:
-            files.append({"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)})
-            storage.upload(path, f"{recipe.model_prefix}/{path.name}")
-            shown.advance(1)
-    _remove_others(storage, recipe.model_prefix, {path.name for path in paths} | {_MANIFEST})
-    manifest = {
+    about = {
         "schema_version": 1,
         "name": recipe.name,
         "version": recipe.version,
         "dtype": recipe.export.dtype,
         "student": student["sha256"],
-        "files": files,
     }
-    data = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
-    key = f"{recipe.model_prefix}/{_MANIFEST}"
-    storage.put(key, data)
-    return {"key": key, "sha256": hashlib.sha256(data).hexdigest(), "files": len(files)}
-
-
-def _remove_others(storage: Storage, prefix: str, wanted: set[str]) -> None:
-    # A shard left by an interrupted export of another layout would be loaded beside the new ones.
-    for info in list(storage.list(f"{prefix}/")):
-        if info.key.removeprefix(f"{prefix}/") not in wanted:
-            storage.delete(info.key)
+    with progress("export", sum(1 for _ in folder.iterdir()), "files") as shown:
+        return store_folder(storage, recipe.model_prefix, folder, about, lambda: shown.advance(1))
 
 
 def _move_latest(recipe: Recipe, storage: Storage, entry: dict[str, Any], report: dict[str, Any]) -> ExportResult:
@@ -144,8 +116,3 @@ def _teacher_name(recipe: Recipe) -> str:
     """The teacher without its location, which may be private."""
     name = recipe.teacher.model.rstrip("/").rpartition("/")[2]
     return f"{name}@{recipe.teacher.revision}" if recipe.teacher.revision else name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,6 +7,7 @@ where it stopped when the same command is given again, and a finished one answer
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from typing import Any
 
 from distill_ray import capture, corpus, evaluate, export, targets, teacher, train
 from distill_ray.config import Recipe, fingerprint, identity_of
-from distill_ray.errors import UserError
-from distill_ray.lease import Lease, LeaseToken, publish, read_published
+from distill_ray.errors import IntegrityError, UserError
+from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_published, read_whole_folder
 from distill_ray.report import failures, read_report
 from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import ray_session
@@ -83,9 +84,23 @@ def run(
 
 
 def is_done(recipe: Recipe, until: str = "export") -> bool:
-    """Whether every stage up to `until` has published its artefact."""
-    published = read_published(open_storage(recipe.storage.root), recipe.run_prefix)
-    return all(ARTEFACT_OF[stage] in published for stage in STAGES[: STAGES.index(until) + 1])
+    """Whether every stage up to `until` has published its artefact and the last one's is whole."""
+    storage = open_storage(recipe.storage.root)
+    published = read_published(storage, recipe.run_prefix)
+    artefacts = [ARTEFACT_OF[stage] for stage in STAGES[: STAGES.index(until) + 1]]
+    return all(name in published for name in artefacts) and _damage(storage, published[artefacts[-1]]) is None
+
+
+def _damage(storage: Storage, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a published artefact, as far as sizes and its own document tell; None if nothing."""
+    try:
+        if entry["key"].endswith("/manifest.json"):
+            read_whole_folder(storage, entry)
+        else:
+            read_document(storage, entry, "it is made anew")
+    except IntegrityError as error:
+        return str(error)
+    return None
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
@@ -125,8 +140,12 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop: threading.Event) -> None:
     published = read_published(storage, recipe.run_prefix)
-    if ARTEFACT_OF[stage] in published and stage != "export":
-        return
+    entry = published.get(ARTEFACT_OF[stage])
+    if entry is not None and stage != "export":
+        damage = _damage(storage, entry)
+        if damage is None:
+            return
+        print(f"{stage} is done again: {damage}", file=sys.stderr)
     started = time.monotonic()
     if stage == "capture":
         capture.run(recipe, storage, token, stop, Progress)

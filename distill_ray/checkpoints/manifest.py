@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distill_ray import lease
 from distill_ray.errors import IntegrityError
-from distill_ray.lease import read_published
-from distill_ray.storage import NotFoundError, Storage
+from distill_ray.lease import read_document, read_published
+from distill_ray.storage import Storage
 
 PUBLISHED_PREFIX = "checkpoint/"
 
@@ -77,29 +77,12 @@ def load_manifest(storage: Storage, entry: dict[str, Any]) -> Manifest:
     Raises:
         IntegrityError: it is missing, or its bytes are not those that were published.
     """
-    try:
-        data = storage.get(entry["key"])
-    except NotFoundError:
-        raise IntegrityError(f"checkpoint manifest {entry['key']} is missing") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry["sha256"]:
-        raise IntegrityError(
-            f"checkpoint manifest {entry['key']} has SHA-256 {found[:12]}…, published was {entry['sha256'][:12]}…"
-        )
-    return Manifest.from_json(data)
+    return Manifest.from_json(read_document(storage, entry, "an older checkpoint is used instead"))
 
 
 def problems_of(storage: Storage, manifest: Manifest) -> list[str]:
     """What is missing or has the wrong size, by one listing; contents are verified when restored."""
-    sizes = {info.key: info.size for info in storage.list(manifest.prefix + "/")}
-    problems = []
-    for file in manifest.files:
-        size = sizes.get(manifest.key_of(file.name))
-        if size is None:
-            problems.append(f"{file.name} is missing")
-        elif size != file.size:
-            problems.append(f"{file.name} has {size} bytes instead of {file.size}")
-    return problems
+    return lease.problems_of(storage, manifest.prefix, [asdict(file) for file in manifest.files])
 
 
 def latest_whole(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from distill_ray.checkpoints.manifest import PUBLISHED_PREFIX, Manifest, StoredFile, folder_key, step_name
 from distill_ray.errors import IntegrityError
-from distill_ray.lease import LeaseToken
+from distill_ray.lease import LeaseToken, document_entry, file_sha256
 from distill_ray.lease import publish as publish_entry
 from distill_ray.storage import NotFoundError, Storage
 
@@ -19,7 +18,7 @@ def upload(storage: Storage, token: LeaseToken, step: int, paths: Iterable[Path]
     stored = []
     for path in paths:
         # Hashed before it leaves the local disk: a body corrupted on its way is found when it is restored.
-        file = StoredFile(path.name, path.stat().st_size, _sha256(path))
+        file = StoredFile(path.name, path.stat().st_size, file_sha256(path))
         storage.upload(path, f"{prefix}/{path.name}")
         stored.append(file)
     return stored
@@ -51,8 +50,7 @@ def publish(
     key = manifest.key_of("manifest.json")
     storage.put(key, data)
     entry = {
-        "key": key,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        **document_entry(key, data),
         "step": step,
         "loss": loss,
         "world_size": world_size,
@@ -79,7 +77,7 @@ def restore(storage: Storage, manifest: Manifest, names: Iterable[str], folder: 
             storage.download(manifest.key_of(name), path)
         except NotFoundError:
             raise IntegrityError(f"checkpoint of step {manifest.step}: {name} is missing") from None
-        size, found = path.stat().st_size, _sha256(path)
+        size, found = path.stat().st_size, file_sha256(path)
         if (size, found) != (file.size, file.sha256):
             path.unlink()
             raise IntegrityError(
@@ -87,8 +85,3 @@ def restore(storage: Storage, manifest: Manifest, names: Iterable[str], folder: 
                 f"manifest says {file.size} and {file.sha256[:12]}…"
             )
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
 from distill_ray.errors import IntegrityError
-from distill_ray.lease import LeaseToken, publish, put_owned, read_published
+from distill_ray.lease import LeaseToken, document_entry, publish, put_owned, read_document, read_published
 from distill_ray.report.document import to_bytes
 from distill_ray.report.html import render_html
-from distill_ray.storage import NotFoundError, Storage
+from distill_ray.storage import Storage
 
 
 def report_key(run_prefix: str, kind: str = "json") -> str:
@@ -28,8 +27,7 @@ def write_report(storage: Storage, token: LeaseToken, report: dict[str, Any], hi
     data, page = to_bytes(report), render_html(report, history).encode()
     put_owned(storage, token, report_key(token.run_prefix, "html"), page)
     put_owned(storage, token, report_key(token.run_prefix), data)
-    entry = {"key": report_key(token.run_prefix), "sha256": hashlib.sha256(data).hexdigest()}
-    publish(storage, token, "report", entry)
+    publish(storage, token, "report", document_entry(report_key(token.run_prefix), data))
 
 
 def read_report(storage: Storage, run_prefix: str) -> dict[str, Any]:
@@ -41,14 +39,4 @@ def read_report(storage: Storage, run_prefix: str) -> dict[str, Any]:
     entry = read_published(storage, run_prefix).get("report")
     if entry is None:
         raise IntegrityError(f"run {run_prefix} has published no report; run `distill-ray evaluate`")
-    try:
-        data = storage.get(entry["key"])
-    except NotFoundError:
-        raise IntegrityError(f"{storage.uri}/{entry['key']} is missing; give a new --version") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry["sha256"]:
-        raise IntegrityError(
-            f"{storage.uri}/{entry['key']} has SHA-256 {found[:12]}…, published was {entry['sha256'][:12]}…: altered "
-            "after writing; restore it or give a new --version"
-        )
-    return json.loads(data)
+    return json.loads(read_document(storage, entry, "run `distill-ray evaluate` again to write it anew"))

@@ -57,6 +57,13 @@ def replace_durably(temporary: Path, path: Path) -> None:
     _sync(path.parent)
 
 
+def create_durably(temporary: Path, path: Path) -> None:
+    """Like `replace_durably`, but raises FileExistsError where there is a `path`: a link never replaces."""
+    _sync(temporary)
+    os.link(temporary, path)
+    _sync(path.parent)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

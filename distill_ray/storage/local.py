@@ -12,6 +12,7 @@ from typing import IO
 
 from distill_ray.storage.atomic import (
     LOCK,
+    create_durably,
     explain_os,
     is_hidden,
     locked,
@@ -30,10 +31,11 @@ def local_version(status: os.stat_result) -> str:
 
 
 class LocalStorage:
-    """Objects are plain files under the folder; `put_if` holds a lock file beside the object.
+    """Objects are plain files under the folder; `put_if` makes a new one by a hard link, which never replaces, and
+    holds a lock file beside one that it replaces.
 
     Conditional writes exclude each other over every process that sees the folder through one kernel, or through a
-    network file system that carries flock.
+    network file system that carries hard links and flock.
     """
 
     def __init__(self, uri: str) -> None:
@@ -67,6 +69,8 @@ class LocalStorage:
         path = self._path(key)
         with self._writing(path, len(data)) as temporary:
             temporary.write_bytes(data)
+            if version is None:
+                return self._create(key, temporary, path)
             with _exclusive(path):
                 info = self.head(key)
                 found = info.version if info else None
@@ -74,6 +78,16 @@ class LocalStorage:
                     raise ConflictError(f"{path} is at version {found}, not at {version}; nothing was written")
                 replace_durably(temporary, path)
                 return local_version(path.stat())
+
+    def _create(self, key: str, temporary: Path, path: Path) -> str:
+        try:
+            create_durably(temporary, path)
+        except FileExistsError:
+            info = self.head(key)
+            raise ConflictError(
+                f"{path} is at version {info.version if info else None}, not at None; nothing was written"
+            ) from None
+        return local_version(path.stat())
 
     def upload(self, path: Path, key: str) -> None:
         target = self._path(key)

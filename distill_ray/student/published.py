@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distill_ray.errors import IntegrityError
-from distill_ray.storage import NotFoundError, Storage, stage_folder
+from distill_ray.lease import file_sha256, folder_of, read_document
+from distill_ray.storage import Storage, stage_folder
 
-_REMEDY = "run `distill-ray train` again: it goes on from the last checkpoint and writes the folder anew"
+_REMEDY = "remove that folder and run `distill-ray train` again: it goes on from the last checkpoint and writes it anew"
 
 
 def stage_student(storage: Storage, entry: Mapping[str, Any]) -> Path:
@@ -24,16 +24,8 @@ def stage_student(storage: Storage, entry: Mapping[str, Any]) -> Path:
     Raises:
         IntegrityError: the manifest or a file is missing, short or altered.
     """
-    try:
-        data = storage.get(entry["key"])
-    except NotFoundError:
-        raise IntegrityError(f"{storage.uri}/{entry['key']} is missing; {_REMEDY}") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry["sha256"]:
-        raise IntegrityError(
-            f"{storage.uri}/{entry['key']} has SHA-256 {found[:12]}…, published was {entry['sha256'][:12]}…; {_REMEDY}"
-        )
-    uri = f"{storage.uri}/{entry['key'].rpartition('/')[0]}"
+    data = read_document(storage, entry, _REMEDY)
+    uri = f"{storage.uri}/{folder_of(entry)}"
     folder = stage_folder(uri)
     for file in json.loads(data)["files"]:
         _check(folder / file["name"], file["size"], file["sha256"], f"{uri}/{file['name']}")
@@ -46,7 +38,6 @@ def _check(path: Path, size: int, sha256: str, uri: str) -> None:
     got = path.stat().st_size
     if got != size:
         raise IntegrityError(f"{uri} has {got} bytes, its manifest says {size}; {_REMEDY}")
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = file_sha256(path)
     if found != sha256:
         raise IntegrityError(f"{uri} has SHA-256 {found[:12]}…, its manifest says {sha256[:12]}…; {_REMEDY}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_ray.errors import IntegrityError, UserError
-from distill_ray.lease import LeaseToken, put_owned
+from distill_ray.lease import LeaseToken, document_entry, put_owned, read_document
 from distill_ray.schema import Unit, UnitSummary
-from distill_ray.storage.base import NotFoundError, Storage
+from distill_ray.storage.base import Storage
 from distill_ray.targets.identity import CaptureIdentity
 from distill_ray.targets.index import summaries_table, table_bytes, table_summaries
 
@@ -150,8 +149,7 @@ def write_run_manifest(
     put_owned(storage, token, key, data)
     manifest = _parse(data, key)
     return {
-        "key": key,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        **document_entry(key, data),
         "bytes": len(data),
         "fingerprint": identity.fingerprint,
         "units": len(units),
@@ -168,17 +166,8 @@ def read_run_manifest(storage: Storage, entry: Mapping[str, Any]) -> RunManifest
     Raises:
         IntegrityError: missing, truncated, altered, or not the published one.
     """
-    key = entry["key"]
-    try:
-        data = storage.get(key)
-    except NotFoundError:
-        raise IntegrityError(f"{storage.uri}/{key} is published but gone; run capture again to write it anew") from None
-    if (got := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
-        raise IntegrityError(
-            f"{storage.uri}/{key}: {len(data)} bytes with SHA-256 {got}, published as {entry['sha256']}: truncated, "
-            "altered or written by a driver that lost the run; run capture again to write it anew"
-        )
-    return _parse(data, f"{storage.uri}/{key}")
+    data = read_document(storage, entry, "run `distill-ray capture` again: it writes it anew from the stored targets")
+    return _parse(data, f"{storage.uri}/{entry['key']}")
 
 
 def _parse(data: bytes, where: str) -> RunManifest:

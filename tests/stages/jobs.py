@@ -33,8 +33,8 @@ window_tokens = 128
 unit_bytes = 2048
 [teacher]
 model = "{teacher}"
-engine = "transformers"
-dtype = "float32"
+engine = "{engine}"
+dtype = "{dtype}"
 use_gpu = false
 [capture]
 top_k = {top_k}
@@ -78,6 +78,8 @@ class Job:
     epochs: int = 2
     top_k: int = 16
     checkpoint_every: int = 3
+    engine: str = "transformers"
+    dtype: str = "float32"
     edits: dict[str, str] = field(default_factory=dict)
     """Text of the recipe → what replaces it."""
     teacher: Path = field(default_factory=tiny_teacher_folder)
@@ -88,8 +90,8 @@ class Job:
             write_documents(self.data / "a.jsonl", 0, 12)
             write_documents(self.data / "b.jsonl", 12, 12)
         self.recipe = self.folder / "recipe.toml"
-        values = {k: getattr(self, k) for k in ("root", "teacher", "top_k", "epochs", "zero_stage", "checkpoint_every")}
-        text = RECIPE.format(sources=self.data / "*.jsonl", **values)
+        names = ("root", "teacher", "engine", "dtype", "top_k", "epochs", "zero_stage", "checkpoint_every")
+        text = RECIPE.format(sources=self.data / "*.jsonl", **{k: getattr(self, k) for k in names})
         for old, new in self.edits.items():
             assert text.count(old) == 1, old
             text = text.replace(old, new)

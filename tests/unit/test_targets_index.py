@@ -242,10 +242,10 @@ def test_a_driver_whose_lease_is_over_does_not_overwrite_the_manifest(storage):
 def test_an_altered_or_missing_manifest_is_refused(storage):
     _, _, entry = manifest(storage, publish_it=False)
     storage.put(entry["key"], storage.get(entry["key"])[:-3])
-    with pytest.raises(IntegrityError, match=r"SHA-256 .* published as"):
+    with pytest.raises(IntegrityError, match=r"SHA-256 .* published was"):
         targets.read_run_manifest(storage, entry)
     storage.delete(entry["key"])
-    with pytest.raises(IntegrityError, match="published but gone"):
+    with pytest.raises(IntegrityError, match="published but missing"):
         targets.read_run_manifest(storage, entry)
 
 
