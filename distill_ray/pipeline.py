@@ -96,6 +96,8 @@ def _damage(storage: Storage, entry: dict[str, Any]) -> str | None:
     try:
         if entry["key"].endswith("/manifest.json"):
             read_whole_folder(storage, entry)
+            if "history" in entry:
+                read_document(storage, entry["history"], "it is written anew")
         else:
             read_document(storage, entry, "it is made anew")
     except IntegrityError as error:
