@@ -21,8 +21,8 @@ from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.config.sections import StudentSection
 from distill_ray.errors import DistillError, IntegrityError, StoppedError
 from distill_ray.ingest import BatchPlan, PackLoader, build_plan
-from distill_ray.lease import LeaseToken, read_published
-from distill_ray.storage import NotFoundError, Storage, stage_folder
+from distill_ray.lease import LeaseToken, read_document, read_published
+from distill_ray.storage import Storage, stage_folder
 from distill_ray.student.published import stage_student
 from distill_ray.telemetry import Progress
 
@@ -80,6 +80,7 @@ def run(
 
     Raises:
         UserError: nothing is held out, or a metric is not finite.
+        IntegrityError: the student or its training history is not what was published.
         StoppedError: `stop` was set.
     """
     started = time.monotonic()
@@ -87,10 +88,10 @@ def run(
     published = read_published(storage, recipe.run_prefix)
     if "student" not in published:
         raise DistillError(f"run {recipe.run_prefix} has no trained student yet; run `distill-ray train` first")
+    history = _history(storage, published["student"])
     job = _Job(recipe, storage, manifest.identity, plan, published["student"])
     with progress("evaluate", 2 * plan.steps, "batches") as shown:
         evaluation = _score_remotely(job, shown, stop or threading.Event())
-    history = _history(storage, recipe)
     seconds = {**(timings or {}), "evaluate": round(time.monotonic() - started, 3)}
     report = reports.build_report(
         evaluation,
@@ -134,7 +135,8 @@ def rejudge(recipe: Recipe, storage: Storage, token: LeaseToken) -> None:
     """Hold the published figures against the recipe's bounds as they are now; nothing is scored again."""
     report = reports.read_report(storage, recipe.run_prefix)
     report["gate"] = reports.judge({model: report[model] for model in reports.MODELS}, recipe.evaluate.require)
-    _publish(recipe, storage, token, report, _history(storage, recipe))
+    student = read_published(storage, recipe.run_prefix)["student"]
+    _publish(recipe, storage, token, report, _history(storage, student))
 
 
 def _publish(
@@ -198,8 +200,14 @@ def _score(job: _Job) -> Iterator[float | reports.Evaluation]:
     kept_mass = reports.KeptMassHistogram()
     tokens, seconds = 0, 0.0
     for origin, sums in ((recipe, before), (trained, after)):
-        module = _load(origin, folder, job.identity.vocab_size)
-        with PackLoader(job.storage, job.identity, job.plan, micro_batch_packs=recipe.evaluate.batch_packs) as batches:
+        module = _load(origin, folder, job.identity)
+        with PackLoader(
+            job.storage,
+            job.identity,
+            job.plan,
+            student_ids=module.head.spec.vocab_size,
+            micro_batch_packs=recipe.evaluate.batch_packs,
+        ) as batches:
             for batch in batches:
                 begun = time.perf_counter()
                 sums.add(_on_cpu(student_rows(module, batch)))
@@ -213,13 +221,14 @@ def _score(job: _Job) -> Iterator[float | reports.Evaluation]:
     yield reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds)
 
 
-def _load(origin: Recipe, trained: Path, vocab_size: int) -> DistillModule:
+def _load(origin: Recipe, trained: Path, identity: CaptureIdentity) -> DistillModule:
     """A student ready to score; `before` is built by the very function that training started from."""
-    from distill_ray.student import DistillModule, build_initial, loss_spec
+    from distill_ray.student import DistillModule, build_initial, loss_spec, shared_vocabulary
 
     # Only a student cut from the teacher needs its weights here; the tokenizer lies beside the trained student too.
     cut = origin.student.teacher_layers is not None
     model, config = build_initial(origin, stage_folder(origin.teacher.model) if cut else trained)
+    vocab_size = shared_vocabulary(model, identity.vocab_size, identity.top_k)
     module = DistillModule(model, loss_spec(config, vocab_size, origin.loss))
     return module.to("cuda" if origin.train.use_gpu else "cpu").eval()
 
@@ -274,14 +283,16 @@ def _on_cpu(rows: RowMetrics) -> reports.ScoredRows:
     )
 
 
-def _history(storage: Storage, recipe: Recipe) -> list[dict[str, float]]:
-    try:
-        return reports.read_history(storage.get(f"{recipe.run_prefix}/metrics.jsonl"))
-    except NotFoundError:
-        raise DistillError(
-            f"{recipe.run_prefix}/metrics.jsonl is missing although a student is published: the run folder was "
-            "altered; give a new --version"
-        ) from None
+def _history(storage: Storage, student: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The very history that the published student was trained with."""
+    entry = student["history"]
+    history = reports.read_history(read_document(storage, entry, "run `distill-ray train` again"))
+    if len(history) != entry["steps"]:
+        raise IntegrityError(
+            f"{storage.uri}/{entry['key']} holds {len(history)} steps, published were {entry['steps']}; run "
+            "`distill-ray train` again"
+        )
+    return history
 
 
 def _identity(recipe: Recipe, manifest: RunManifest, student_sha256: str) -> reports.RunIdentity:

@@ -107,6 +107,7 @@ def _undone(stage: str, recipe: Recipe, storage: Storage, published: dict[str, d
     try:
         if stage == "train":
             read_whole_folder(storage, entry)
+            read_document(storage, entry["history"], "it is written anew")
         elif stage != "export":
             read_document(storage, entry, "it is made anew")
     except IntegrityError as error:

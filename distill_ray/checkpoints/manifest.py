@@ -36,6 +36,8 @@ class Manifest:
     """Mean training loss over the steps since the checkpoint before."""
     world_size: int
     zero_stage: int
+    plan: str
+    """Digest of the run's batches: `step` means nothing under another plan."""
     files: tuple[StoredFile, ...]
     prefix: str
     """Key of the folder that holds the files."""
@@ -66,7 +68,7 @@ def folder_key(run_prefix: str, step: int, epoch: int) -> str:
 
 
 def published_checkpoints(storage: Storage, run_prefix: str) -> dict[int, dict[str, Any]]:
-    """Step → the lease record's entry {key, sha256, step, loss, world_size, zero_stage}."""
+    """Step → the lease record's entry {key, sha256, step, loss, world_size, zero_stage, plan}."""
     entries = read_published(storage, run_prefix)
     return {int(e["step"]): e for name, e in entries.items() if name.startswith(PUBLISHED_PREFIX)}
 

@@ -33,6 +33,7 @@ def publish(
     loss: float,
     world_size: int,
     zero_stage: int,
+    plan: str,
 ) -> Manifest:
     """Write the manifest over all ranks' files and publish it against the lease; called by one rank, last.
 
@@ -45,7 +46,7 @@ def publish(
         twice = sorted({n for n in names if names.count(n) > 1})
         raise IntegrityError(f"checkpoint of step {step}: several ranks wrote {', '.join(twice)}")
     prefix = folder_key(token.run_prefix, step, token.epoch)
-    manifest = Manifest(step, token.epoch, loss, world_size, zero_stage, tuple(files), prefix)
+    manifest = Manifest(step, token.epoch, loss, world_size, zero_stage, plan, tuple(files), prefix)
     data = manifest.to_json()
     key = manifest.key_of("manifest.json")
     storage.put(key, data)
@@ -55,6 +56,7 @@ def publish(
         "loss": loss,
         "world_size": world_size,
         "zero_stage": zero_stage,
+        "plan": plan,
     }
     publish_entry(storage, token, PUBLISHED_PREFIX + step_name(step), entry)
     return manifest

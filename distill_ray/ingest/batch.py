@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distill_ray import codec
-from distill_ray.errors import CannotCaptureError, IntegrityError
+from distill_ray.errors import CannotCaptureError, IntegrityError, UserError
 from distill_ray.ingest.plan import Pack, SeqRef
 from distill_ray.losses import SparseTargets
 from distill_ray.targets import StoredSequence
@@ -64,6 +64,8 @@ class TargetFormat:
     top_k: int
     vocab_size: int
     temperature: float = 1.0
+    student_ids: int | None = None
+    """Ids that the student's softmax runs over; None: all of `vocab_size`."""
 
 
 @dataclass
@@ -76,6 +78,8 @@ class _Rows:
     log_tail_T: list[np.ndarray]
     actual_logprob: list[np.ndarray]
     actual_rank: list[np.ndarray]
+    origins: list[tuple[SeqRef, np.ndarray]] = field(default_factory=list)
+    """The sequence of each document and which of its rows are supervised."""
 
     def add(self, at: int, ref: SeqRef, stored: StoredSequence, temperature: float) -> None:
         # Row t predicts token t + 1, so it is supervised where the mask of token t + 1 says so.
@@ -85,6 +89,7 @@ class _Rows:
                 f"unit {ref.unit} sequence {ref.index} supervises {len(rows)} tokens, but the manifest says "
                 f"{ref.supervised}; run `distill-ray inspect --verify` on the targets"
             )
+        self.origins.append((ref, rows))
         self.positions.append(at + rows)
         self.labels.append(stored.tokens[rows + 1])
         self.packed.append(stored.packed_NB[rows])
@@ -102,6 +107,8 @@ class _Rows:
 def _decode(rows: _Rows, form: TargetFormat) -> SparseTargets:
     packed = np.concatenate([np.zeros((0, codec.row_bytes(form.top_k, form.vocab_size)), np.uint8), *rows.packed])
     ids, logprobs, log_tail = codec.decode(packed, form.top_k, form.vocab_size)
+    if form.student_ids is not None and ids.max(initial=-1) >= form.student_ids:
+        _refuse_kept(rows, ids, form.student_ids)
     at_T: tuple[Tensor | None, Tensor | None] = (None, None)
     if form.temperature != 1.0:
         log_tail_T = _joined(rows.log_tail_T, np.float32)
@@ -115,6 +122,23 @@ def _decode(rows: _Rows, form: TargetFormat) -> SparseTargets:
         None,
         form.temperature,
         *at_T,
+    )
+
+
+def _refuse_kept(rows: _Rows, ids_NK: np.ndarray, limit: int) -> None:
+    """Name the first row that keeps an id the student has no logit for."""
+    start = 0
+    for ref, index in rows.origins:
+        high = ids_NK[start : start + len(index)].max(axis=1)
+        start += len(index)
+        for row in np.flatnonzero(high >= limit)[:1]:
+            raise _beyond_student(ref, f"row {index[row]} keeps id {high[row]}", limit)
+
+
+def _beyond_student(ref: SeqRef, fact: str, limit: int) -> UserError:
+    return UserError(
+        f"unit {ref.unit} sequence {ref.index} {fact}, but the student has logits for ids below {limit} only; choose "
+        "a student with as many embedding rows as the teacher, or capture with a lower capture.top_k"
     )
 
 
@@ -146,6 +170,7 @@ def collate(
     Raises:
         IntegrityError: a stored sequence is not what the manifest says.
         CannotCaptureError: the temperature was not captured.
+        UserError: a kept id or a token is beyond the student's rows.
     """
     width = _width(packs, pack_tokens)
     ids = np.zeros((len(packs), width), np.int64)
@@ -161,6 +186,8 @@ def collate(
                     f"unit {ref.unit} sequence {ref.index} has {len(stored.tokens)} tokens, but the manifest says "
                     f"{ref.length}; run `distill-ray inspect --verify` on the targets"
                 )
+            if form.student_ids is not None and stored.tokens.max() >= form.student_ids:
+                raise _beyond_student(ref, f"has token id {stored.tokens.max()}", form.student_ids)
             span = slice(at, at + ref.length)
             ids[b, span] = stored.tokens
             positions[b, span] = np.arange(ref.length)

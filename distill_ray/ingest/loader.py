@@ -38,6 +38,8 @@ class PackLoader:
         identity: of the capture; its top_k and vocabulary say how rows are read.
         plan: every batch of the run.
         temperature: distillation temperature; must have been captured.
+        student_ids: ids that the student's softmax runs over, where fewer than the teacher's; a kept id beyond them is
+            refused.
         rank: of this worker.
         world: number of workers.
         micro_batch_packs: packs of one forward pass.
@@ -53,6 +55,7 @@ class PackLoader:
         plan: BatchPlan,
         *,
         temperature: float = 1.0,
+        student_ids: int | None = None,
         rank: int = 0,
         world: int = 1,
         micro_batch_packs: int = 1,
@@ -64,7 +67,7 @@ class PackLoader:
             raise ValueError(f"rank {rank} is outside a world of {world}")
         self._plan = plan
         self._rank, self._world, self._micro_batch_packs = rank, world, micro_batch_packs
-        self._form = TargetFormat(identity.top_k, identity.vocab_size, temperature)
+        self._form = TargetFormat(identity.top_k, identity.vocab_size, temperature, student_ids)
         self._units = cache or open_cache(storage, identity, plan.units)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="pack-loader")
         self._work = self._micro_batches(start_step)

@@ -94,7 +94,7 @@ class LossSpec:
     """Which loss, and what the student's head does between hidden states and logits."""
 
     vocab_size: int
-    """Real vocabulary V; rows of the head beyond it are padding and take no part."""
+    """Ids that the softmax runs over; rows of the head beyond it are padding and take no part."""
     temperature: float = 1.0
     """Distillation temperature T."""
     hard_label_weight: float = 0.0

@@ -139,15 +139,25 @@ def _not_finite(value: Any, path: str) -> Iterable[str]:
 
 
 def read_history(lines: bytes) -> list[dict[str, float]]:
-    """Training steps from metrics.jsonl, ascending; a step repeated after a resume counts once, the last time.
+    """Training steps from metrics.jsonl, one line a step, from step 0 on.
 
-    A line cut short by a kill is left out: the step it belongs to was redone.
+    Raises:
+        IntegrityError: a line is no JSON object, or is not the step that its place says. Workers write the object
+            whole, so neither can come from a kill.
     """
-    steps: dict[int, dict[str, float]] = {}
-    for line in lines.splitlines():
+    steps: list[dict[str, float]] = []
+    for number, line in enumerate(lines.splitlines()):
         try:
             entry = json.loads(line)
-        except ValueError:
-            continue
-        steps[int(entry["step"])] = entry
-    return [steps[step] for step in sorted(steps)]
+            found = int(entry["step"])
+        except (ValueError, KeyError, TypeError):
+            raise IntegrityError(
+                f"line {number + 1} of the training history is no step: {line[:60]!r}; run `distill-ray train` again"
+            ) from None
+        if found != number:
+            raise IntegrityError(
+                f"line {number + 1} of the training history is step {found}, not {number}; run `distill-ray train` "
+                "again"
+            )
+        steps.append(entry)
+    return steps

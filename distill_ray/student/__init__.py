@@ -8,7 +8,7 @@ from distill_ray.student.build import build_initial
 from distill_ray.student.engine import StepResult, StudentEngine, check_resumable
 from distill_ray.student.folder import write_folder
 from distill_ray.student.lora import add_lora, merge_lora
-from distill_ray.student.module import DistillModule, loss_spec
+from distill_ray.student.module import DistillModule, loss_spec, shared_vocabulary
 from distill_ray.student.schedule import learning_rate
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "learning_rate",
     "loss_spec",
     "merge_lora",
+    "shared_vocabulary",
     "write_folder",
 ]

@@ -21,7 +21,7 @@ def loss_spec(config: PretrainedConfig, vocab_size: int, loss: LossSection) -> L
 
     Args:
         config: the student's text configuration.
-        vocab_size: real vocabulary of the targets.
+        vocab_size: ids that the softmax runs over (`shared_vocabulary`).
         loss: the recipe's section.
     """
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -34,6 +34,33 @@ def loss_spec(config: PretrainedConfig, vocab_size: int, loss: LossSection) -> L
         logit_scale=scale / divisor,
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def shared_vocabulary(model: PreTrainedModel, teacher_rows: int, top_k: int) -> int:
+    """Ids that the student's softmax runs over: those that both models have rows for.
+
+    Models of one family pad their embeddings differently (Qwen2.5: 151,936 and 152,064 rows for 151,665 tokens). Rows
+    beyond the teacher's are masked. A row that only the teacher has is of probability 0 under the student, so its mass
+    stays in the tail; were it kept, the divergence would be infinite, and reading the targets refuses it.
+
+    Args:
+        model: the student.
+        teacher_rows: V of the targets.
+        top_k: K of the targets.
+
+    Raises:
+        UserError: the kept tokens are all that the student has, and no tail is left for the teacher's further rows.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no output head; choose a causal language model as student")
+    rows = len(head.weight)  # type: ignore[arg-type]
+    if rows < teacher_rows and top_k >= rows:
+        raise UserError(
+            f"capture.top_k={top_k} leaves no tail among the student's {rows} rows, but the teacher has "
+            f"{teacher_rows}; capture with top_k of at most {rows - 1}"
+        )
+    return min(rows, teacher_rows)
 
 
 class HeadLoss(nn.Module):

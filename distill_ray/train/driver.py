@@ -45,7 +45,8 @@ def run(
         stop_grace_s: seconds that workers get to finish their step and save, after `stop`.
 
     Returns:
-        The lease record's entry "student" {key, sha256, step}; at once if it is already published and whole.
+        The lease record's entry "student" {key, sha256, step, plan, history {key, sha256, steps}}; at once if it is
+        already published and whole.
 
     Raises:
         StoppedError: `stop` was set; the run goes on from its last checkpoint.

@@ -8,26 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_ray import checkpoints
-from distill_ray.errors import IntegrityError
+from distill_ray.errors import IntegrityError, UserError
+from distill_ray.train.result import HISTORY_FILE
 
 if TYPE_CHECKING:
     from distill_ray.student import StudentEngine
     from distill_ray.train.worker import Job
 
-HISTORY_FILE = "metrics.jsonl"
 
-
-def restore_newest(job: Job, engine: StudentEngine) -> tuple[int, list[dict[str, float]]]:
+def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, list[dict[str, float]]]:
     """Load the newest whole checkpoint into `engine`, the same on every rank.
 
     Rank 0 chooses. If any rank finds one of its files missing or altered, all of them go back one checkpoint, before
     anything was unpickled.
 
+    Args:
+        job: the run.
+        engine: freshly started.
+        plan: digest of the run's batches.
+
     Returns:
         Optimizer steps done, and the metrics lines of those steps; (0, []) without a checkpoint.
 
     Raises:
-        UserError: the checkpoint is of another world size or ZeRO stage.
+        UserError: the checkpoint is of another plan, world size or ZeRO stage.
     """
     import torch.distributed as dist
 
@@ -44,6 +48,7 @@ def restore_newest(job: Job, engine: StudentEngine) -> tuple[int, list[dict[str,
         manifest = choice[0]
         if manifest is None:
             return 0, []
+        check_plan(manifest, plan)
         check_resumable(manifest.world_size, manifest.zero_stage, engine.world, job.recipe.train, manifest.step)
         with tempfile.TemporaryDirectory(prefix="distill-ray-restore-") as folder:
             problems = [p for p in _everyones_problem(job, engine, manifest, Path(folder)) if p]
@@ -56,6 +61,20 @@ def restore_newest(job: Job, engine: StudentEngine) -> tuple[int, list[dict[str,
             _say(
                 job, f"checkpoint of step {manifest.step} is broken and not used: {problems[0]}; trying the one before"
             )
+
+
+def check_plan(manifest: checkpoints.Manifest, plan: str) -> None:
+    """Refuse a checkpoint whose batches were others: going on would train on some twice and leave some out.
+
+    Raises:
+        UserError: with both digests and the remedy.
+    """
+    if manifest.plan != plan:
+        raise UserError(
+            f"the checkpoint of step {manifest.step} was trained on the batches of plan {manifest.plan[:12]}…, but the "
+            f"targets and recipe now give plan {plan[:12]}…: the targets were captured anew, or another version of "
+            "the software orders them otherwise; restore them, or start a new --version"
+        )
 
 
 def _everyones_problem(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -19,8 +18,8 @@ from distill_ray.ingest import BatchPlan, PackLoader, build_plan, rank_micro_bat
 from distill_ray.lease import LeaseToken
 from distill_ray.storage import Storage, StorageError, stage_folder
 from distill_ray.targets import RunManifest
-from distill_ray.train.restoring import HISTORY_FILE, restore_newest
-from distill_ray.train.result import publish_student
+from distill_ray.train.restoring import restore_newest
+from distill_ray.train.result import HISTORY_FILE, publish_student, published_student, store_history, to_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +86,9 @@ class _Run:
             cpus = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
         self.plan = make_plan(self.recipe, job.manifest)
+        self.digest = self.plan.digest
         self.history: list[dict[str, float]] = []
+        self.student_ids: int | None = None
         self._stored_at = time.monotonic()
 
     def run(self) -> None:
@@ -96,7 +97,11 @@ class _Run:
 
         teacher_folder = stage_folder(self.recipe.teacher.model)
         engine, model = self._start(teacher_folder)
-        start, self.history = restore_newest(self.job, engine)
+        # Not before the engine has given each rank its GPU: a collective would put all of them on the first one.
+        if self._on_rank_0(lambda: published_student(self.storage, self.token.run_prefix)) is not None:
+            # A group restarted after the last publication would train again and write over what is published.
+            return
+        start, self.history = restore_newest(self.job, engine, self.digest)
         if self.rank == 0:
             ray.get(self.job.board.start.remote(start))
         stop = False
@@ -113,11 +118,20 @@ class _Run:
         self._finish(engine, model, teacher_folder)
 
     def _start(self, teacher_folder: Path) -> tuple[StudentEngine, PreTrainedModel]:
-        from distill_ray.student import DistillModule, StudentEngine, add_lora, build_initial, loss_spec
+        from distill_ray.student import (
+            DistillModule,
+            StudentEngine,
+            add_lora,
+            build_initial,
+            loss_spec,
+            shared_vocabulary,
+        )
 
         recipe, train = self.recipe, self.recipe.train
         model, config = build_initial(recipe, teacher_folder)
-        module = DistillModule(model, loss_spec(config, self.job.manifest.identity.vocab_size, recipe.loss))
+        identity = self.job.manifest.identity
+        self.student_ids = shared_vocabulary(model, identity.vocab_size, identity.top_k)
+        module = DistillModule(model, loss_spec(config, self.student_ids, recipe.loss))
         if recipe.student.lora:
             add_lora(model, recipe.student.lora, train.seed)
         if train.gradient_checkpointing:
@@ -132,6 +146,7 @@ class _Run:
             self.job.manifest.identity,
             self.plan,
             temperature=self.recipe.loss.temperature,
+            student_ids=self.student_ids,
             rank=self.rank,
             world=self.world,
             micro_batch_packs=self.recipe.train.micro_batch_packs,
@@ -164,7 +179,7 @@ class _Run:
             paths = engine.save(Path(folder))
             if self.rank == 0:
                 paths.append(Path(folder) / HISTORY_FILE)
-                paths[-1].write_bytes(self._lines())
+                paths[-1].write_bytes(to_lines(self.history))
             stored = checkpoints.upload(self.storage, self.token, step, paths)
         everyone: list[list[checkpoints.StoredFile]] = [[] for _ in range(self.world)]
         dist.all_gather_object(everyone, stored)
@@ -182,6 +197,7 @@ class _Run:
             loss=loss,
             world_size=self.world,
             zero_stage=train.zero_stage,
+            plan=self.digest,
         )
         self._store_history()
         checkpoints.prune(self.storage, self.token, keep=train.keep_checkpoints)
@@ -191,8 +207,7 @@ class _Run:
 
         def publish_all() -> None:
             assert state is not None
-            self._store_history()
-            publish_student(self.job, model, state, teacher_folder, self.plan.steps)
+            publish_student(self.job, model, state, teacher_folder, self.history, self.digest)
 
         self._on_rank_0(publish_all)
 
@@ -211,10 +226,6 @@ class _Run:
             raise box[1]
         return box[0]
 
-    def _lines(self) -> bytes:
-        return b"".join(json.dumps(line).encode() + b"\n" for line in self.history)
-
     def _store_history(self) -> None:
-        # The whole object each time: after a resume it holds the restored lines and those redone, none twice.
-        self.storage.put(f"{self.token.run_prefix}/{HISTORY_FILE}", self._lines())
+        store_history(self.storage, self.token, self.history)
         self._stored_at = time.monotonic()

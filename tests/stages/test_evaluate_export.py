@@ -160,6 +160,18 @@ def test_an_error_of_the_scoring_task_arrives_as_itself_without_rays_wrapping(tr
     assert type(caught.value) is IntegrityError
 
 
+@pytest.mark.parametrize("damage", ["a step more", "a step less", "missing"])
+def test_a_history_that_is_not_the_published_one_is_refused(trained: Run, damage: str) -> None:
+    key = trained.published["student"]["history"]["key"]
+    lines = trained.storage.get(key).splitlines(keepends=True)
+    if damage == "missing":
+        trained.storage.delete(key)
+    else:
+        trained.storage.put(key, b"".join(lines[:1] if damage == "a step less" else [*lines, b'{"step": 2}\n']))
+    with pytest.raises(IntegrityError, match=r"metrics\.jsonl.*run `distill-ray train` again"):
+        _evaluate(trained)
+
+
 def test_nothing_held_out_is_known_before_training(trained: Run) -> None:
     assert evaluate.require_held_out(trained.manifest, trained.recipe).steps > 0
     with pytest.raises(UserError, match=r"held_out.*0 of 10 sequences.*corpus.holdout=0.0"):

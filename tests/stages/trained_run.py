@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill_ray.config import Recipe, parse_recipe
-from distill_ray.lease import LeaseToken, publish, read_published
+from distill_ray.lease import LeaseToken, document_entry, publish, read_published
 from distill_ray.schema import Sequence, SourceSlice, Unit
 from distill_ray.storage import Storage
 from distill_ray.targets import (
@@ -100,8 +100,10 @@ def store_student(storage: Storage, recipe: Recipe, token: LeaseToken, folder: P
     storage.put(f"{prefix}/manifest.json", manifest)
     step = {"loss": 3.0, "ce": 4.0, "kl_t": 2.0, "kl_t1": 2.0, "tokens": 50, "seconds": 0.1}
     lines = [json.dumps({"step": number, **step}) for number in (0, 1)]
-    storage.put(f"{recipe.run_prefix}/metrics.jsonl", ("\n".join(lines) + "\n").encode())
-    entry = {"key": f"{prefix}/manifest.json", "sha256": hashlib.sha256(manifest).hexdigest(), "step": 2}
+    history = ("\n".join(lines) + "\n").encode()
+    storage.put(f"{recipe.run_prefix}/metrics.jsonl", history)
+    entry = {**document_entry(f"{prefix}/manifest.json", manifest), "step": 2}
+    entry["history"] = {**document_entry(f"{recipe.run_prefix}/metrics.jsonl", history), "steps": 2}
     publish(storage, token, "student", entry)
 
 

@@ -34,7 +34,7 @@ def save(storage: Storage, token: LeaseToken, tmp_path: Path, step: int, loss: f
         path = folder / f"zero_pp_rank_{rank}_optim_states.pt"
         path.write_bytes(bytes([rank]) * 100 + str(step).encode())
         stored += checkpoints.upload(storage, token, step, [path])
-    return checkpoints.publish(storage, token, step, stored, loss=loss, world_size=2, zero_stage=2)
+    return checkpoints.publish(storage, token, step, stored, loss=loss, world_size=2, zero_stage=2, plan="p")
 
 
 def names(manifest: checkpoints.Manifest) -> list[str]:
@@ -98,7 +98,7 @@ def test_two_ranks_may_not_write_one_name(storage: Storage, token: LeaseToken, t
     manifest = save(storage, token, tmp_path, 2)
     twice = [*manifest.files, manifest.files[0]]
     with pytest.raises(IntegrityError, match="several ranks wrote"):
-        checkpoints.publish(storage, token, 4, twice, loss=1.0, world_size=2, zero_stage=2)
+        checkpoints.publish(storage, token, 4, twice, loss=1.0, world_size=2, zero_stage=2, plan="p")
 
 
 def test_pruning_keeps_the_newest_and_the_best_and_deletes_the_rest(

@@ -213,9 +213,25 @@ def test_report_html_before_any_training_step_leaves_the_loss_curve_out() -> Non
     assert render_html(report, []).count("<svg") == 2
 
 
-def test_history_counts_a_repeated_step_once_and_skips_a_torn_line() -> None:
-    lines = b'{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 9.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo'
-    assert read_history(lines) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+def test_history_is_one_line_a_step_from_the_first_on() -> None:
+    good = b'{"step": 0, "loss": 3.0}\n{"step": 1, "loss": 2.0}\n'
+    assert read_history(good) == [{"step": 0, "loss": 3.0}, {"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("third", "said"),
+    [
+        (b'{"step": 2, "lo', "line 3 .* is no step"),
+        (b'{"loss": 2.0}', "line 3 .* is no step"),
+        (b"[]", "line 3 .* is no step"),
+        (b'{"step": 1, "loss": 2.0}', "line 3 .* is step 1, not 2"),
+        (b'{"step": 3, "loss": 2.0}', "line 3 .* is step 3, not 2"),
+    ],
+)
+def test_a_history_with_a_broken_missing_or_repeated_line_is_refused(third: bytes, said: str) -> None:
+    good = b'{"step": 0, "loss": 3.0}\n{"step": 1, "loss": 2.0}\n'
+    with pytest.raises(IntegrityError, match=said):
+        read_history(good + third + b"\n")
 
 
 def test_model_card_front_matter_is_yaml_with_lineage() -> None:
