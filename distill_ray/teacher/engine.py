@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import CannotCaptureError, UserError
+from distill_ray.model_config import read_config
 from distill_ray.schema import TargetRows
 
 
@@ -91,18 +91,12 @@ def vocabulary_size(folder: Path) -> int:
     Raises:
         UserError: no `config.json`, or it states no vocabulary.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"teacher folder {folder} has no config.json; teacher.model must name a Hugging Face model folder"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the model folder again") from None
+    config = read_config(folder)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if not isinstance(size, int) or size < 2:
-        raise UserError(f"{path} states no usable vocab_size (got {size!r}); it must be a causal language model")
+        raise UserError(
+            f"{folder}/config.json states no usable vocab_size (got {size!r}); it must be a causal language model"
+        )
     return size
 
 

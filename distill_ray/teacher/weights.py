@@ -8,9 +8,11 @@ import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from distill_ray.config.sections import TeacherSection
 from distill_ray.errors import UserError
+from distill_ray.model_config import read_config
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _BLOCK = 8 * 2**20
@@ -26,12 +28,7 @@ def weights_identity(section: TeacherSection, folder: Path) -> dict[str, str]:
     Raises:
         UserError: the folder holds no weights or no `config.json`.
     """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(
-            f"teacher folder {folder} has no config.json; teacher.model must name a Hugging Face model folder"
-        )
-    identity = {"config": _hash_config(config)}
+    identity = {"config": _hash_config(read_config(folder))}
     if section.revision is not None:
         return identity | {"revision": section.revision}
     files = sorted({p for pattern in _WEIGHTS for p in folder.glob(pattern)})
@@ -43,15 +40,10 @@ def weights_identity(section: TeacherSection, folder: Path) -> dict[str, str]:
     return identity | {"sha256": total.hexdigest()}
 
 
-def _hash_config(path: Path) -> str:
+def _hash_config(values: dict[str, Any]) -> str:
     """Of the values, not of the layout; the version of the library that wrote them does not count."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the model folder again") from None
-    values.pop("transformers_version", None)
-    values.pop("_name_or_path", None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    kept = {k: v for k, v in values.items() if k not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_files(files: list[Path]) -> list[str]:

@@ -185,21 +185,45 @@ def test_reference_engine_end_to_end() -> None:
     engine.close()
 
 
-def test_soft_cap_is_honoured(tmp_path: Path) -> None:
+def _gemma2(folder: Path, **caps: float | None) -> Path:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=1, **caps,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)
     with torch.no_grad():
-        model.get_input_embeddings().weight.normal_(std=2.0)
-    model.save_pretrained(tmp_path)
-    engine = TransformersEngine(_section(), CaptureSection(top_k=4), 32, tmp_path, 64)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=2.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_soft_cap_is_honoured(tmp_path: Path) -> None:
+    folder = _gemma2(tmp_path, final_logit_softcapping=2.0)
+    engine = TransformersEngine(_section(), CaptureSection(top_k=4), 32, folder, 64)
     dense = engine.dense_logprobs(np.arange(10, dtype=np.int32))
     assert np.ptp(dense, axis=1).max() <= 4.0 + 1e-4  # logits within ±2
+
+
+def test_soft_cap_inside_attention_is_honoured(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = _gemma2(tmp_path, attn_logit_softcapping=0.5, final_logit_softcapping=None)
+    tokens = np.random.default_rng(0).integers(0, 64, 24).astype(np.int32)
+    engine = TransformersEngine(_section(), CaptureSection(top_k=4), 32, folder, 64)
+    expected = {}
+    for kind in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kind)
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0, :-1]
+        expected[kind] = logits.log_softmax(-1).numpy()
+    # The cap must matter on this model, or the comparison would show nothing.
+    assert np.abs(expected["eager"] - expected["sdpa"]).max() > 1.0
+    np.testing.assert_allclose(engine.dense_logprobs(tokens), expected["eager"], atol=1e-4)
 
 
 def test_open_engine_refuses_what_cannot_be_given(tmp_path: Path) -> None:
