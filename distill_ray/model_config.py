@@ -40,3 +40,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is a JSON {type(config).__name__}, not an object; copy the model folder again")
     return config
+
+
+def stated_dtype(folder: Path) -> str | None:
+    """The type of the weights that a folder's `config.json` states (`bfloat16`), in the order that loaders ask.
+
+    `dtype` before its old name `torch_dtype`; the model's own before that of the text model in a composite one.
+
+    Raises:
+        UserError: no usable `config.json`.
+    """
+    config = read_config(folder)
+    for part in (config, config.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) is not None:
+                return str(part[key]).removeprefix("torch.")
+    return None

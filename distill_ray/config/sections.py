@@ -71,11 +71,11 @@ class TeacherSection(Section):
     model: Placement[Uri]
     """Hugging Face folder, local or `s3://`."""
     revision: Identity[str | None] = None
-    """Name of the weights' revision, the teacher's identity; without one the weights' content hash is used."""
+    """Name of the weights' revision: with one, weight files are sampled for the identity instead of hashed whole."""
     engine: Identity[Literal["vllm", "transformers"]] = "vllm"
     """`transformers` is the exact reference: slow, but gives dense log-probabilities and other temperatures."""
     dtype: Identity[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
-    """Arithmetic of the teacher; `auto` takes the model's own."""
+    """Arithmetic of the teacher; `auto` is what the model's config.json states, on every machine."""
     quantization: Identity[str | None] = None
     """vLLM quantisation name (`fp8`, …) where the checkpoint does not state it."""
     trust_remote_code: Identity[bool] = False

@@ -9,8 +9,10 @@ import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import CannotCaptureError, UserError
-from distill_ray.model_config import read_config
+from distill_ray.model_config import read_config, stated_dtype
 from distill_ray.schema import TargetRows
+
+CONCRETE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Engine(Protocol):
@@ -65,6 +67,7 @@ def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens:
             'use teacher.engine = "transformers" or temperatures = [1.0]'
         )
     folder = stage_folder(section.model)
+    section = resolve_dtype(section, folder)
     vocab = vocabulary_size(folder)
     if capture.top_k > vocab:
         raise UserError(
@@ -78,6 +81,27 @@ def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens:
     from distill_ray.teacher.transformers_engine import TransformersEngine
 
     return TransformersEngine(section, capture, window_tokens, folder, vocab)
+
+
+def resolve_dtype(section: TeacherSection, folder: Path) -> TeacherSection:
+    """The section with a concrete `dtype`: for `auto`, the one that the model's `config.json` states.
+
+    What an engine makes of `auto` depends on the machine (vLLM: float16 where a GPU has no bfloat16), so it is no
+    identity: two kinds of nodes would mix their arithmetic in one capture.
+
+    Raises:
+        UserError: `auto`, and the config states none of float32, bfloat16, float16.
+    """
+    if section.dtype != "auto":
+        return section
+    found = stated_dtype(folder)
+    if found not in CONCRETE_DTYPES:
+        raise UserError(
+            f'teacher.dtype = "auto", but {folder}/config.json states '
+            f"{'no dtype' if found is None else f'dtype {found!r}'}; set teacher.dtype to one of "
+            f"{', '.join(CONCRETE_DTYPES)}"
+        )
+    return section.model_copy(update={"dtype": found})
 
 
 def vocabulary_size(folder: Path) -> int:

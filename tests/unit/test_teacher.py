@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from distill_ray import teacher
+from distill_ray.capture import capture_identity
+from distill_ray.config import parse_recipe
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import CannotCaptureError, IntegrityError, UserError
 from distill_ray.schema import TargetRows
+from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher.engine import finite_or_reason, refusal
 from distill_ray.teacher.flat import log_tail, rows_from_flat
 from distill_ray.teacher.transformers_engine import TransformersEngine, rows_from_logits
@@ -270,8 +275,96 @@ def test_weights_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     changed = teacher.weights_identity(_section(), folder)
     assert changed["sha256"] != first["sha256"]
     assert changed["config"] == first["config"]
-    named = teacher.weights_identity(_section(revision="3f1c"), folder)
-    assert named == {"config": first["config"], "revision": "3f1c"}
+
+
+def test_a_revision_does_not_stand_for_the_content(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    def identity(folder: Path, revision: str = "v1") -> dict[str, str]:
+        return teacher.weights_identity(_section(revision=revision), folder)
+
+    base, copy = tmp_path / "base", tmp_path / "copy"
+    base.mkdir()
+    (base / "config.json").write_text('{"vocab_size": 9}')
+    with pytest.raises(UserError, match="no weight files"):
+        identity(base)
+    values = np.arange(400_000, dtype=np.float32)
+    save_file({"w": values}, base / "model.safetensors")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model.safetensors"}}')
+    (base / "modeling.py").write_text("SCALE = 1")
+    first = identity(base)
+    assert identity(base, "v2") != first
+    shutil.copytree(base, copy)
+    os.utime(copy / "model.safetensors", ns=(1, 1))
+    assert identity(copy) == first  # neither path nor time counts
+
+    changes = {
+        "another model of the same shape": lambda: save_file({"w": values + 1}, copy / "model.safetensors"),
+        "other names": lambda: save_file({"v": values}, copy / "model.safetensors"),
+        "another size": lambda: save_file({"w": values[1:]}, copy / "model.safetensors"),
+        "one more file": lambda: save_file({"x": values}, copy / "more.safetensors"),
+        "the index": lambda: (copy / "model.safetensors.index.json").write_text("{}"),
+        "the code": lambda: (copy / "modeling.py").write_text("SCALE = 2"),
+        "the config": lambda: (copy / "config.json").write_text('{"vocab_size": 9, "cap": 1}'),
+    }
+    for name, change in changes.items():
+        change()
+        assert identity(copy) != first, name
+        shutil.rmtree(copy)
+        shutil.copytree(base, copy)
+
+
+def test_a_weights_cache_that_cannot_be_kept_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert teacher.weights_identity(_section(), tiny_teacher_folder())["sha256"]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"text_config": {"torch_dtype": "float32"}}, "float32"),
+        ({"dtype": None, "torch_dtype": "torch.bfloat16"}, "bfloat16"),
+    ],
+)
+def test_auto_is_the_dtype_that_the_config_states(config: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert teacher.resolve_dtype(_section(dtype="auto"), tmp_path).dtype == expected
+    assert teacher.resolve_dtype(_section(dtype="float16"), tmp_path).dtype == "float16"
+
+
+@pytest.mark.parametrize("config", [{}, {"dtype": "float8_e4m3fn"}])
+def test_auto_without_a_stated_dtype_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"set teacher\.dtype to one of float32"):
+        teacher.resolve_dtype(_section(dtype="auto"), tmp_path)
+
+
+def test_engine_and_capture_identity_hold_the_resolved_dtype(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher_folder(), folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    engine = teacher.open_engine(_section(model=str(folder), dtype="auto"), CaptureSection(top_k=4), 32)
+    assert isinstance(engine, TransformersEngine)
+    assert engine._model.dtype == torch.bfloat16
+
+    def identity(dtype: str) -> CaptureIdentity:
+        sections = {
+            "storage": {"root": str(tmp_path)},
+            "corpus": {"sources": ["x"]},
+            "student": {"teacher_layers": [0]},
+            "teacher": {"model": str(folder), "dtype": dtype},
+        }
+        return capture_identity(parse_recipe({"name": "t", **sections}))
+
+    assert identity("auto").teacher["dtype"] == "bfloat16"
+    assert identity("auto").fingerprint == identity("bfloat16").fingerprint != identity("float32").fingerprint
 
 
 def test_cores_of_the_ranks() -> None:
