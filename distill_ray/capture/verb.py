@@ -72,7 +72,7 @@ def run(
     """
     identity = capture_identity(recipe)
     tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
-    units = corpus.plan_units(recipe.corpus, identity.tokenizer, storage)
+    units = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k)
     factory = engine_factory or partial(
         teacher.open_engine, recipe.teacher, recipe.capture, recipe.corpus.window_tokens
     )
