@@ -66,9 +66,11 @@ def from_row(table: pa.Table) -> Any:
     return pickle.loads(table.column("unit")[0].as_buffer())
 
 
-def read(unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> ReadUnit:
+def read(
+    unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
+) -> ReadUnit:
     """Read one source slice and turn it into sequences."""
-    sequences, dead = corpus.read_unit_sequences(unit, section, tokenizer)
+    sequences, dead = corpus.read_unit_sequences(unit, section, tokenizer, most_tokens=most_tokens)
     return ReadUnit(unit, sequences, dead)
 
 

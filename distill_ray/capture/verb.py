@@ -31,12 +31,13 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
     """What the recipe's targets are, from the teacher's folder alone; no model is loaded.
 
     Raises:
-        UserError: the folder is missing, or lacks config, weights or tokenizer.
+        UserError: the folder is missing, or lacks config, weights, tokenizer or (for `auto`) a stated dtype.
     """
     folder = stage_folder(recipe.teacher.model)
     tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
+    section = teacher.resolve_dtype(recipe.teacher, folder)
     return CaptureIdentity(
-        teacher=identity_of(recipe.teacher) | {"weights": teacher.weights_identity(recipe.teacher, folder)},
+        teacher=identity_of(section) | {"weights": teacher.weights_identity(section, folder)},
         tokenizer=corpus.tokenizer_identity(tokenizer),
         vocab_size=teacher.vocabulary_size(folder),
         top_k=recipe.capture.top_k,
@@ -77,7 +78,8 @@ def run(
     """
     identity = capture_identity(recipe)
     tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
-    units = _of_this_version(recipe, storage, identity, corpus.plan_units(recipe.corpus, identity.tokenizer, storage))
+    planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k)
+    units = _of_this_version(recipe, storage, identity, planned)
     factory = engine_factory or partial(
         teacher.open_engine, recipe.teacher, recipe.capture, recipe.corpus.window_tokens
     )
