@@ -130,9 +130,7 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     captured = capture.capture_identity(recipe)
     identity["capture_fingerprint"] = captured.fingerprint
     if recipe.student.model is not None:
-        folder = stage_folder(recipe.student.model)
-        section = recipe.teacher.model_copy(update={"model": recipe.student.model, "revision": None})
-        identity["student_weights"] = teacher.weights_identity(section, folder)
+        identity["student_weights"] = teacher.weights_identity(recipe.student.model, None)
     if recipe.student.config is not None:
         text = (stage_folder(recipe.student.config) / "config.json").read_text(encoding="utf-8")
         identity["student_config"] = json.loads(text)
@@ -199,7 +197,9 @@ def _needs_targets(recipe: Recipe, storage: Storage, published: dict[str, dict[s
 def _result(recipe: Recipe, storage: Storage) -> RunResult:
     published = read_published(storage, recipe.run_prefix)
     report = read_report(storage, recipe.run_prefix)
-    tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
+    tokenizer = corpus.load_tokenizer(
+        stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
+    )
     units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
     manifest = targets.read_run_manifest(storage, published["targets"])
     new = {u.hash for u in units} - {u.unit for u in manifest.units}

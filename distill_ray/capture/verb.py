@@ -33,11 +33,11 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
     Raises:
         UserError: the folder is missing, or lacks config, weights, tokenizer or (for `auto`) a stated dtype.
     """
-    folder = stage_folder(recipe.teacher.model)
+    folder = stage_folder(recipe.teacher.model, weights=False)
     tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
     section = teacher.resolve_dtype(recipe.teacher, folder)
     return CaptureIdentity(
-        teacher=identity_of(section) | {"weights": teacher.weights_identity(section, folder)},
+        teacher=identity_of(section) | {"weights": teacher.weights_identity(section.model, section.revision)},
         tokenizer=corpus.tokenizer_identity(tokenizer),
         vocab_size=teacher.vocabulary_size(folder),
         top_k=recipe.capture.top_k,
@@ -77,7 +77,9 @@ def run(
         LeaseLostError: another driver owns the run by now; its manifest stands.
     """
     identity = capture_identity(recipe)
-    tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
+    tokenizer = corpus.load_tokenizer(
+        stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
+    )
     planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k)
     units = _of_this_version(recipe, storage, identity, planned)
     factory = engine_factory or partial(

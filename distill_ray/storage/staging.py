@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from distill_ray.errors import UserError
@@ -16,7 +17,16 @@ from distill_ray.storage.uris import is_s3, open_storage
 _DOWNLOAD_S = 4 * 3600.0
 
 
-def stage_folder(uri: str, cache: Path | None = None) -> Path:
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+"""Names of the files of a model folder that hold weights."""
+
+
+def is_weights(key: str) -> bool:
+    """Whether an object of a model folder holds weights."""
+    return any(fnmatchcase(key.rpartition("/")[2], pattern) for pattern in WEIGHT_FILES)
+
+
+def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -> Path:
     """A local folder with the objects under `uri`.
 
     A local folder is given back as it is. An `s3://` one is downloaded once per content into a folder of the user's
@@ -26,6 +36,7 @@ def stage_folder(uri: str, cache: Path | None = None) -> Path:
     Args:
         uri: folder.
         cache: where to keep downloads; by default `$XDG_CACHE_HOME` (or `~/.cache`) `/distill_ray/staged`.
+        weights: False leaves a model's weights where they are: its configuration and tokenizer are a few megabytes.
 
     Raises UserError if the folder is missing or empty, StorageError if the store or the disk refuses.
     """
@@ -35,7 +46,8 @@ def stage_folder(uri: str, cache: Path | None = None) -> Path:
             raise UserError(f"no such folder: {folder}; correct the path or put the files there")
         return folder
     storage = open_storage(uri)
-    objects = sorted(storage.list(""), key=lambda each: each.key)
+    found = sorted(storage.list(""), key=lambda each: each.key)
+    objects = [each for each in found if weights or not is_weights(each.key)]
     if not objects:
         raise UserError(f"{uri}: no object lies under this prefix; correct the URI or upload the folder")
     manifest = json.dumps({"uri": storage.uri, "objects": [[o.key, o.size, o.version] for o in objects]}, indent=1)

@@ -8,65 +8,75 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill_ray.config.sections import TeacherSection
 from distill_ray.errors import UserError
 from distill_ray.model_config import read_config
+from distill_ray.storage import WEIGHT_FILES, ObjectInfo, Storage, is_weights, open_storage, stage_folder
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _BLOCK = 8 * 2**20
 _MOST_HEADER = 100 * 2**20
 """Bytes that the safetensors format allows its header."""
 _SAMPLES, _SAMPLE_BYTES = 8, 64 * 2**10
+_READERS = 8
 
 
-def weights_identity(section: TeacherSection, folder: Path) -> dict[str, str]:
-    """The teacher's weights as identity: the hash of the weight files' content or, with a revision, of a sketch.
+def weights_identity(uri: str, revision: str | None) -> dict[str, str]:
+    """A model's weights as identity: the hash of the weight files' content or, with a revision, of a sketch.
 
     The sketch is cheap whatever the size: each weight file's name, size, safetensors header and a few samples of its
-    bytes, and the index. So two models that were given one revision by mistake are told apart.
+    bytes, and the index. So two models that were given one revision by mistake are told apart, and weights in `s3://`
+    stay there; without a revision they are staged to this machine to be hashed.
 
     `config.json` is part of it either way: it fixes soft-caps, scales and the real vocabulary; and so is Python code
     beside it. Files are hashed in parallel, and a file seen before (same path, size and modification time) is not read
     again; that memory lies in the user's cache folder, never beside the model.
 
+    Args:
+        uri: Hugging Face folder, local or `s3://`.
+        revision: `teacher.revision`.
+
     Raises:
         UserError: the folder holds no weights or no `config.json`.
     """
+    folder = stage_folder(uri, weights=False)
     identity = {"config": _hash_config(read_config(folder))}
-    files = sorted({p for pattern in _WEIGHTS for p in folder.glob(pattern)})
+    storage = open_storage(uri)
+    files = sorted((o for o in storage.list("") if "/" not in o.key and is_weights(o.key)), key=lambda o: o.key)
     if not files:
-        raise UserError(f"teacher folder {folder} holds no weight files ({', '.join(_WEIGHTS)}); copy the model again")
+        raise UserError(f"model folder {uri} holds no weight files ({', '.join(WEIGHT_FILES)}); copy the model again")
+    names = [o.key for o in files]
     if code := sorted(folder.glob("*.py")):
-        identity["code"] = _combined(code, [_sha256(p) for p in code])
-    if section.revision is None:
-        return identity | {"sha256": _combined(files, _hash_files(files))}
+        identity["code"] = _combined([p.name for p in code], [_sha256(p) for p in code])
+    if revision is None:
+        whole = stage_folder(uri)
+        return identity | {"sha256": _combined(names, _hash_files([whole / name for name in names]))}
     index = sorted(folder.glob("*.safetensors.index.json"))
-    sketches = [_sketch(p) for p in files] + [_sha256(p) for p in index]
-    return identity | {"revision": section.revision, "sketch": _combined(files + index, sketches)}
+    with ThreadPoolExecutor(_READERS) as pool:
+        sketches = [*pool.map(partial(_sketch, storage), files), *map(_sha256, index)]
+    return identity | {"revision": revision, "sketch": _combined([*names, *(p.name for p in index)], sketches)}
 
 
-def _combined(files: list[Path], digests: list[str]) -> str:
-    lines = (f"{f.name} {digest}\n" for f, digest in zip(files, digests, strict=True))
+def _combined(names: list[str], digests: list[str]) -> str:
+    lines = (f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _sketch(path: Path) -> str:
+def _sketch(storage: Storage, file: ObjectInfo) -> str:
     """Hash of a weight file's size, its safetensors header, and evenly spread samples with its first and last bytes.
 
     Models of one shape have one header: only the samples tell a model from its fine-tuned version.
     """
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size}\n".encode())
-    with path.open("rb") as stream:
-        if path.suffix == ".safetensors":
-            length = stream.read(8)
-            digest.update(length + stream.read(min(int.from_bytes(length, "little"), _MOST_HEADER)))
-        for i in range(_SAMPLES):
-            stream.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
+    digest = hashlib.sha256(f"{file.size}\n".encode())
+    if file.key.endswith(".safetensors"):
+        length = storage.get_range(file.key, 0, 8)
+        header = min(int.from_bytes(length, "little"), _MOST_HEADER)
+        digest.update(length + storage.get_range(file.key, 8, header))
+    for i in range(_SAMPLES):
+        start = max(0, file.size - _SAMPLE_BYTES) * i // (_SAMPLES - 1)
+        digest.update(storage.get_range(file.key, start, min(_SAMPLE_BYTES, file.size - start)))
     return digest.hexdigest()
 
 

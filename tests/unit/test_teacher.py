@@ -21,6 +21,7 @@ from distill_ray.config import parse_recipe
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import CannotCaptureError, IntegrityError, UserError
 from distill_ray.schema import TargetRows
+from distill_ray.storage import open_storage
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher.engine import finite_or_reason, refusal
 from distill_ray.teacher.flat import log_tail, rows_from_flat
@@ -257,22 +258,22 @@ def test_weights_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     folder.mkdir()
     (folder / "config.json").write_text('{"vocab_size": 9, "soft_cap": 30, "transformers_version": "5.1"}')
     with pytest.raises(UserError, match="no weight files"):
-        teacher.weights_identity(_section(), folder)
+        teacher.weights_identity(str(folder), None)
     weights = folder / "model.safetensors"
     weights.write_bytes(b"abc")
-    first = teacher.weights_identity(_section(), folder)
-    assert teacher.weights_identity(_section(), folder) == first
+    first = teacher.weights_identity(str(folder), None)
+    assert teacher.weights_identity(str(folder), None) == first
     assert [p.name for p in folder.iterdir() if p.name not in ("config.json", weights.name)] == []
 
     copy = tmp_path / "elsewhere"
     copy.mkdir()
     (copy / "model.safetensors").write_bytes(b"abc")
     (copy / "config.json").write_text('{"transformers_version": "5.9", "soft_cap": 30, "vocab_size": 9}')
-    assert teacher.weights_identity(_section(), copy) == first  # neither path nor layout counts
+    assert teacher.weights_identity(str(copy), None) == first  # neither path nor layout counts
 
     weights.write_bytes(b"abd")  # same size: the modification time gives it away
     os.utime(weights, ns=(1, 1))
-    changed = teacher.weights_identity(_section(), folder)
+    changed = teacher.weights_identity(str(folder), None)
     assert changed["sha256"] != first["sha256"]
     assert changed["config"] == first["config"]
 
@@ -281,7 +282,7 @@ def test_a_revision_does_not_stand_for_the_content(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     def identity(folder: Path, revision: str = "v1") -> dict[str, str]:
-        return teacher.weights_identity(_section(revision=revision), folder)
+        return teacher.weights_identity(str(folder), revision)
 
     base, copy = tmp_path / "base", tmp_path / "copy"
     base.mkdir()
@@ -314,12 +315,26 @@ def test_a_revision_does_not_stand_for_the_content(tmp_path: Path) -> None:
         shutil.copytree(base, copy)
 
 
+def test_with_a_revision_the_weights_of_a_model_on_s3_stay_there(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tiny_teacher_folder()
+    storage = open_storage(s3_uri)
+    for path in folder.iterdir():
+        storage.upload(path, path.name)
+    assert teacher.weights_identity(s3_uri, "v1") == teacher.weights_identity(str(folder), "v1")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert teacher.weights_identity(s3_uri, None) == teacher.weights_identity(str(folder), None)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+
+
 def test_a_weights_cache_that_cannot_be_kept_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert teacher.weights_identity(_section(), tiny_teacher_folder())["sha256"]
+    assert teacher.weights_identity(str(tiny_teacher_folder()), None)["sha256"]
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
