@@ -61,6 +61,7 @@ def work(config: dict[str, Job]) -> None:
     import ray
 
     job = config["job"]
+    ray.get(job.board.enter.remote())
     if ray.get(job.board.final_error.remote()):
         return
     try:
