@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 done, 2 the user can mend it (one message), 130 stopped, 1 anything else."""
+"""The command line.
+
+Exit codes: 0 done, 1 damaged data or a failure, 2 the user can mend it, 3 the student missed a bound, 130 stopped.
+"""
 
 from __future__ import annotations
 
@@ -65,17 +68,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except StoppedError as error:
-        print(f"\nstopped: {error}\nnothing finished is lost; resume with:\n  {_resume_command(argv)}", file=sys.stderr)
+        resume = _resume_command(arguments, sys.argv[1:] if argv is None else argv)
+        print(f"\nstopped: {error}\nnothing finished is lost; resume with:\n  {resume}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return StoppedError.exit_code
     except DistillError as error:
         print(f"distill-ray: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _resume_command(argv: list[str] | None) -> str:
+def _resume_command(arguments: argparse.Namespace, argv: list[str]) -> str:
+    """This very command for a shell, with the version spelt out: next week's default would be another run."""
     import shlex
+    import shutil
 
-    return shlex.join(["distill-ray", *(sys.argv[1:] if argv is None else argv)])
+    program = ["distill-ray"] if shutil.which("distill-ray") else [sys.executable, "-m", "distill_ray"]
+    recipe = load_recipe(arguments.recipe, root=arguments.root, version=arguments.version)
+    version = [] if arguments.version else ["--version", recipe.version]
+    return shlex.join([*program, *argv, *version])
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
@@ -137,13 +149,19 @@ class _Stopper:
 def _run(recipe: Recipe, until: str, address: str | None) -> int:
     stopper = _Stopper()
     stopper.install()
-    from distill_ray import pipeline, preflight
-    from distill_ray.report import render_table
+    from distill_ray import pipeline
+    from distill_ray.report import failures, render_table
+    from distill_ray.telemetry import say
 
-    if not pipeline.is_done(recipe, until):
-        for finding in preflight.check(recipe, address=address):
-            print(f"ok  {finding.what:<9} {finding.fact}", file=sys.stderr)
-    result = pipeline.run(recipe, until=until, address=address, stop=stopper.event, on_stage=stopper.enter)
+    say("run", f"{recipe.name}/{recipe.version} under {recipe.storage.root}")
+    result = pipeline.run(
+        recipe,
+        until=until,
+        address=address,
+        stop=stopper.event,
+        on_stage=stopper.enter,
+        on_finding=lambda found: say("check", f"{found.what}: {found.fact}"),
+    )
     if result is None:
         print(f"{until}: done; distill-ray status shows the run")
         return 0
@@ -151,7 +169,10 @@ def _run(recipe: Recipe, until: str, address: str | None) -> int:
     for note in result.notes:
         print(f"note    {note}")
     print(f"report  {result.report_uri}\nmodel   {result.model_uri}")
-    if not result.gate_passed:
-        print("the student missed a bound of [evaluate] require; it is kept, but latest did not move", file=sys.stderr)
+    missed = failures(result.report["gate"])
+    if missed:
+        print(
+            f"the student missed evaluate.require: {'; '.join(missed)}; it is kept, but not as latest", file=sys.stderr
+        )
         return 3
     return 0

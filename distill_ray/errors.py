@@ -1,6 +1,7 @@
 """Every error a user can meet, with the exit code the command line gives it.
 
-A message states the fact, the numbers and the remedy. `UserError` prints alone; anything else keeps its traceback.
+A message states the fact, the numbers and the remedy. The command line prints it alone; only an error that is
+not of ours keeps its traceback.
 """
 
 

@@ -5,6 +5,7 @@ The teacher is never run again: its figures come from the stored targets, by the
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -101,8 +102,48 @@ def run(
         history=history,
         require=recipe.evaluate.require,
     )
-    reports.write_report(storage, token, report, history)
+    _publish(recipe, storage, token, report, history)
     return report
+
+
+def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why the published report is not of this recipe and student; None where it is."""
+    entry = published["report"]
+    if entry["student"] != published["student"]["sha256"]:
+        return "it is of another training of the student"
+    if entry["settings"] != json.loads(json.dumps(identity_of(recipe.evaluate))):
+        return "other settings of [evaluate]"
+    if entry["require"] != recipe.evaluate.require:
+        return "other bounds of evaluate.require"
+    return None
+
+
+def only_bounds_changed(recipe: Recipe, storage: Storage, published: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the report's figures stand and only have to be judged anew."""
+    entry = published.get("report")
+    if entry is None:
+        return False
+    try:
+        reports.read_report(storage, recipe.run_prefix)
+    except IntegrityError:
+        return False
+    same = {**published, "report": {**entry, "require": recipe.evaluate.require}}
+    return outdated(recipe, same) is None
+
+
+def rejudge(recipe: Recipe, storage: Storage, token: LeaseToken) -> None:
+    """Hold the published figures against the recipe's bounds as they are now; nothing is scored again."""
+    report = reports.read_report(storage, recipe.run_prefix)
+    report["gate"] = reports.judge({model: report[model] for model in reports.MODELS}, recipe.evaluate.require)
+    student = read_published(storage, recipe.run_prefix)["student"]
+    _publish(recipe, storage, token, report, _history(storage, student))
+
+
+def _publish(
+    recipe: Recipe, storage: Storage, token: LeaseToken, report: dict[str, Any], history: list[dict[str, float]]
+) -> None:
+    section = recipe.evaluate
+    reports.write_report(storage, token, report, history, settings=identity_of(section), require=dict(section.require))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ where it stopped when the same command is given again, and a finished one answer
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,11 +17,12 @@ from distill_ray import capture, corpus, evaluate, export, targets, teacher, tra
 from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_published, read_whole_folder
+from distill_ray.preflight import Finding, check
 from distill_ray.report import failures, read_report
 from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
-from distill_ray.telemetry import Progress
+from distill_ray.telemetry import Progress, say
 
 STAGES = tuple(ARTEFACT_OF)
 
@@ -46,6 +46,7 @@ def run(
     address: str | None = None,
     stop: threading.Event | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
+    on_finding: Callable[[Finding], None] = lambda _: None,
 ) -> RunResult | None:
     """Bring a run up to and including the stage `until`; whatever is already done is kept.
 
@@ -55,59 +56,77 @@ def run(
         address: of a Ray cluster; None or "local" starts a private one.
         stop: set it to stop cleanly; everything finished is kept.
         on_stage: called with a stage's name as it starts.
+        on_finding: called with everything that `check` finds right, before anything expensive starts.
 
     Returns:
         The result when `until` is "export", else None.
 
     Raises:
-        UserError: the recipe does not fit what lies in storage, or another driver holds the run.
+        UserError: the recipe is wrong, does not fit what lies in storage, or another driver holds the run.
         StoppedError: `stop` was set.
     """
     if until not in STAGES:
         raise UserError(f"no stage is called {until!r}; use one of {', '.join(STAGES)}")
     stop = stop or threading.Event()
     storage = open_storage(recipe.storage.root)
-    identity = run_identity(recipe)
-    _same_run(recipe, storage, identity)
-    wanted = STAGES[: STAGES.index(until) + 1]
     if not is_done(recipe, until):
+        for finding in check(recipe, address=address):
+            on_finding(finding)
+        identity = run_identity(recipe)
+        _same_run(recipe, storage, identity)
         with Lease.acquire(storage, recipe.run_prefix) as lease, ray_session(address):
             _same_run(recipe, storage, identity)  # another driver may have begun the run since
             publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
-            for stage in wanted:
+            for stage in STAGES[: STAGES.index(until) + 1]:
                 on_stage(stage)
                 _stage(stage, recipe, storage, lease.token, stop)
                 lease.check()
+    else:
+        _same_run(recipe, storage, run_identity(recipe))
     if until != "export":
         return None
     return _result(recipe, storage)
 
 
 def is_done(recipe: Recipe, until: str = "export") -> bool:
-    """Whether every stage up to `until` has published its artefact and the last one's is whole."""
+    """Whether the stage `until` is done and what it made is whole and of this recipe."""
     storage = open_storage(recipe.storage.root)
     published = read_published(storage, recipe.run_prefix)
     artefacts = [ARTEFACT_OF[stage] for stage in STAGES[: STAGES.index(until) + 1]]
-    return all(name in published for name in artefacts) and _damage(storage, published[artefacts[-1]]) is None
+    if not all(name in published for name in artefacts):
+        return False
+    if until == "export":
+        return export.is_done(recipe, storage) and _undone("evaluate", recipe, storage, published) is None
+    return _undone(until, recipe, storage, published) is None
 
 
-def _damage(storage: Storage, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a published artefact, as far as sizes and its own document tell; None if nothing."""
+def _undone(stage: str, recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]]) -> str | None:
+    """Why a published stage has to be done again; None where it stands. Damage is found by sizes and checksums of
+    documents alone: contents are verified by whoever loads them."""
+    entry = published[ARTEFACT_OF[stage]]
     try:
-        if entry["key"].endswith("/manifest.json"):
+        if stage == "train":
             read_whole_folder(storage, entry)
-            if "history" in entry:
-                read_document(storage, entry["history"], "it is written anew")
-        else:
+            read_document(storage, entry["history"], "it is written anew")
+        elif stage != "export":
             read_document(storage, entry, "it is made anew")
     except IntegrityError as error:
         return str(error)
+    if stage == "export":
+        return (
+            None if export.is_done(recipe, storage) else "it was interrupted, or its student, report or recipe changed"
+        )
+    if stage == "evaluate":
+        return evaluate.outdated(recipe, published)
     return None
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
-    """Everything that decides what a run computes, apart from the corpus, which units identify."""
-    identity = identity_of(recipe)
+    """Everything that decides what is captured and trained, apart from the corpus, which units identify.
+
+    Report and export state what they were made with themselves: they are cheap, and simply made anew.
+    """
+    identity = {k: v for k, v in identity_of(recipe).items() if k not in ("evaluate", "export")}
     captured = capture.capture_identity(recipe)
     identity["capture_fingerprint"] = captured.fingerprint
     if recipe.student.model is not None:
@@ -142,17 +161,20 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop: threading.Event) -> None:
     published = read_published(storage, recipe.run_prefix)
-    entry = published.get(ARTEFACT_OF[stage])
-    if entry is not None and stage != "export":
-        damage = _damage(storage, entry)
-        if damage is None:
+    if ARTEFACT_OF[stage] in published:
+        reason = _undone(stage, recipe, storage, published)
+        if reason is None and stage == "capture" and _needs_targets(recipe, storage, published):
+            reason = capture.damage(storage, published["targets"])
+        if reason is None:
             return
-        print(f"{stage} is done again: {damage}", file=sys.stderr)
+        say(stage, f"done again: {reason}")
     started = time.monotonic()
     if stage == "capture":
         capture.run(recipe, storage, token, stop, Progress)
     elif stage == "export":
         export.run(recipe, storage, token, read_report(storage, recipe.run_prefix))
+    elif stage == "evaluate" and evaluate.only_bounds_changed(recipe, storage, published):
+        evaluate.rejudge(recipe, storage, token)
     else:
         manifest = targets.read_run_manifest(storage, published["targets"])
         evaluate.require_held_out(manifest, recipe)
@@ -164,6 +186,14 @@ def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop
             }
             evaluate.run(recipe, storage, manifest, token, timings=timings, stop=stop)
     publish(storage, token, f"timings/{stage}", {"seconds": round(time.monotonic() - started, 3)})
+
+
+def _needs_targets(recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]]) -> bool:
+    """Whether training or evaluation still has to read the target objects."""
+    return any(
+        ARTEFACT_OF[stage] not in published or _undone(stage, recipe, storage, published) is not None
+        for stage in ("train", "evaluate")
+    )
 
 
 def _result(recipe: Recipe, storage: Storage) -> RunResult:

@@ -18,7 +18,8 @@ class SourceSlice:
     """A stable part of one source object.
 
     `kind` "lines": the records whose first byte lies in [start, stop) of the uncompressed bytes; "row_groups": Parquet
-    row groups start … stop − 1; "file": the whole object as one document.
+    row groups start … stop − 1; "rows": rows start … stop − 1 of the whole file, all in one row group that is too large
+    for one unit; "file": the whole object as one document.
     """
 
     uri: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +34,18 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # Ray's own processes print warnings of theirs on our terminal; what matters arrives as an exception.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # ray.init() takes SIGTERM for itself, and an eviction would then no longer stop the run cleanly.
+    with _own_sigterm():
+        _connect(address, local, num_cpus)
+    import ray
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, local: bool, num_cpus: int | None) -> None:
     import ray
 
     env = {"runtime_env": {"env_vars": _WORKER_ENV}, "log_to_driver": False, "logging_level": logging.CRITICAL}
@@ -44,7 +58,15 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
             ray.init(address=where, **env)
         except (ConnectionError, ValueError, TimeoutError) as error:
             raise UserError(f"no Ray cluster answers at {where}: {error}; start one, or leave --address out") from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        ray.shutdown()
+        signal.signal(signal.SIGTERM, handler)

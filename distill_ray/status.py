@@ -18,13 +18,19 @@ class Status:
     run: str
     owner: str | None
     """Who holds the lease now; None when nobody does."""
+    started: bool
     done: dict[str, dict[str, Any]]
     """Finished stage → its published entry."""
     next_stage: str | None
     checkpoint_step: int | None
+    other_versions: tuple[str, ...] = ()
+    """Where the run was never started: the versions that were, under the same root and name."""
 
     def render(self) -> str:
         """Lines for a terminal."""
+        if not self.started:
+            known = ", ".join(self.other_versions) or "none"
+            return f"run {self.run} was never started here; versions that were: {known}"
         lines = [f"run {self.run}: " + (f"owned by {self.owner}" if self.owner else "nobody is working on it")]
         for stage in ARTEFACT_OF:
             if stage in self.done:
@@ -42,12 +48,15 @@ def status(recipe: Recipe) -> Status:
     Args:
         recipe: names the storage root, the run and its version.
     """
-    record = read_record(open_storage(recipe.storage.root), recipe.run_prefix)
+    storage = open_storage(recipe.storage.root)
+    record = read_record(storage, recipe.run_prefix)
     run = f"{recipe.name}/{recipe.version}"
     if record is None:
-        return Status(run, None, {}, next(iter(ARTEFACT_OF)), None)
+        keys = (info.key.split("/") for info in storage.list(f"runs/{recipe.name}/"))
+        others = sorted({key[2] for key in keys if key[3:] == ["lease.json"]})
+        return Status(run, None, False, {}, next(iter(ARTEFACT_OF)), None, tuple(others))
     done = {s: record.published[name] for s, name in ARTEFACT_OF.items() if name in record.published}
     steps = [e["step"] for name, e in record.published.items() if name.startswith("checkpoint/")]
     owner = f"{record.owner} (epoch {record.epoch})" if is_live(record) else None
     following = next((s for s in ARTEFACT_OF if s not in done), None)
-    return Status(run, owner, done, following, max(steps, default=None))
+    return Status(run, owner, True, done, following, max(steps, default=None))

@@ -101,5 +101,14 @@ class Progress:
         print(json.dumps(record), file=self._stream, flush=True)
 
 
+def say(stage: str, text: str) -> None:
+    """One sentence on standard error: as it is on a terminal, as a JSON line elsewhere."""
+    if sys.stderr.isatty():
+        print(f"{stage}: {text}", file=sys.stderr, flush=True)
+    else:
+        record = {"time": round(time.time(), 3), "stage": stage, "event": "note", "note": text}
+        print(json.dumps(record), file=sys.stderr, flush=True)
+
+
 def _short(value: Value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,6 +5,7 @@ Memory is the proportional set size (PSS) summed over the whole process tree: dr
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     """Run the recipe with `argv` passed on; returns the job's exit code."""
     started = time.monotonic()
     job = subprocess.Popen([sys.executable, "-m", "distill_ray", "run", str(RECIPE), *argv])
+    signal.signal(signal.SIGTERM, lambda number, _: job.send_signal(number))
     done, peak = threading.Event(), [0]
     sampler = threading.Thread(target=watch, args=(psutil.Process(job.pid), done, peak), daemon=True)
     sampler.start()

@@ -100,6 +100,13 @@ MUTANTS = (
         UNIT + "test_losses_head.py::test_values_and_gradients_equal_the_plain_head",
     ),
     Mutant(
+        "soft-cap inside attention ignored",
+        "distill_ray/model_config.py",
+        'return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None',
+        "return None",
+        UNIT + "test_teacher.py::test_soft_cap_inside_attention_is_honoured",
+    ),
+    Mutant(
         "NaN from the engine written to the store",
         "distill_ray/targets/validate.py",
         "    _check_finite(rows)\n",

@@ -5,6 +5,6 @@ pool.py      the Ray Data pipeline over pending units, seen as a stream of summa
 verb.py      what is missing, the run over it, dead letters and the run manifest
 """
 
-from distill_ray.capture.verb import capture_identity, run
+from distill_ray.capture.verb import capture_identity, damage, run
 
-__all__ = ["capture_identity", "run"]
+__all__ = ["capture_identity", "damage", "run"]

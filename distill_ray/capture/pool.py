@@ -22,6 +22,7 @@ import ray.data
 from ray.exceptions import RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
+from distill_ray import corpus
 from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, to_row, write
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
@@ -123,7 +124,12 @@ def _pipeline(
         units = ray.data.from_arrow(table, override_num_blocks=min(len(pending), _MOST_BLOCKS))
         return (
             units.map_batches(
-                partial(_read_row, section=recipe.corpus, tokenizer_ref=[tokenizer_ref]),
+                partial(
+                    _read_row,
+                    section=recipe.corpus,
+                    most_tokens=corpus.most_unit_tokens(identity.top_k),
+                    tokenizer_ref=[tokenizer_ref],
+                ),
                 num_cpus=_TASK_CPUS,
                 compute=ray.data.TaskPoolStrategy(tasks),
                 **as_is,
@@ -179,8 +185,8 @@ def _tokenizer(ref: ray.ObjectRef) -> Any:
     return ray.get(ref)
 
 
-def _read_row(table: pa.Table, section: Any, tokenizer_ref: list[ray.ObjectRef]) -> pa.Table:
-    return to_row(read(from_row(table), section, _tokenizer(tokenizer_ref[0])))
+def _read_row(table: pa.Table, section: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]) -> pa.Table:
+    return to_row(read(from_row(table), section, _tokenizer(tokenizer_ref[0]), most_tokens))
 
 
 def _write_row(table: pa.Table, storage: Storage, identity: CaptureIdentity) -> pa.Table:

@@ -19,7 +19,7 @@ from distill_ray import corpus, targets
 from distill_ray.config.sections import CorpusSection
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.schema import DeadLetter, Sequence, TargetRows, Unit, UnitSummary
-from distill_ray.storage import ConflictError, Storage
+from distill_ray.storage import ConflictError, NotFoundError, Storage, StorageError
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import Engine
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 EngineFactory = Callable[[], Engine]
 """Opens the engine in the process that calls it; picklable."""
+
+_WRITES = 20
+"""Attempts at writing one object that another driver writes too."""
 
 UNKNOWN_RECORD = -1
 """`DeadLetter.record` of a sequence that the teacher refused: windows no longer know their record."""
@@ -63,9 +66,11 @@ def from_row(table: pa.Table) -> Any:
     return pickle.loads(table.column("unit")[0].as_buffer())
 
 
-def read(unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> ReadUnit:
+def read(
+    unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
+) -> ReadUnit:
     """Read one source slice and turn it into sequences."""
-    sequences, dead = corpus.read_unit_sequences(unit, section, tokenizer)
+    sequences, dead = corpus.read_unit_sequences(unit, section, tokenizer, most_tokens=most_tokens)
     return ReadUnit(unit, sequences, dead)
 
 
@@ -95,15 +100,21 @@ def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> Un
         identity, taught.unit, taught.sequences, taught.rows, taught.dead, taught.seconds
     )
     key = targets.unit_key(identity, taught.unit.hash)
-    try:
-        storage.put_if(key, data, None)
-    except ConflictError:
+    for _ in range(_WRITES):
+        # Before it is read: only the very object that is found broken may be replaced.
+        info = storage.head(key)
         try:
-            found = targets.read_unit(storage, identity, taught.unit.hash).summary()
-            return replace(found, teacher_seconds=taught.seconds)
-        except IntegrityError:
-            storage.put(key, data)
-    return summary
+            if info is not None:
+                found = targets.read_unit(storage, identity, taught.unit.hash).summary()
+                return replace(found, teacher_seconds=taught.seconds)
+        except (IntegrityError, NotFoundError):
+            pass  # replaced below: the unit is here because its object was missing or broken
+        try:
+            storage.put_if(key, data, None if info is None else info.version)
+            return summary
+        except ConflictError:
+            continue
+    raise StorageError(f"{storage.uri}/{key}: {_WRITES} writes in a row met another writer's; run again")
 
 
 class Teacher:

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 from distill_ray import corpus, targets, teacher
 from distill_ray.capture.stages import EngineFactory, sequence_count
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config import Recipe, identity_of
-from distill_ray.errors import UserError
-from distill_ray.lease import LeaseToken, publish, put_owned
+from distill_ray.errors import IntegrityError, UserError
+from distill_ray.lease import LeaseToken, publish, put_owned, read_published
 from distill_ray.schema import DeadLetter, Unit, UnitSummary
 from distill_ray.storage import Storage, stage_folder
 from distill_ray.targets import CaptureIdentity, RunManifest
 from distill_ray.telemetry import Progress
 
 _INDEX_BATCH = 1000
-"""Captured units between two additions to the index."""
+_INDEX_EVERY_S = 60.0
+"""Captured units, and seconds, between two additions to the index: what a killed driver has to read again."""
 
 
 def capture_identity(recipe: Recipe) -> CaptureIdentity:
     """What the recipe's targets are, from the teacher's folder alone; no model is loaded.
 
     Raises:
-        UserError: the folder is missing, or lacks config, weights or tokenizer.
+        UserError: the folder is missing, or lacks config, weights, tokenizer or (for `auto`) a stated dtype.
     """
     folder = stage_folder(recipe.teacher.model)
     tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
+    section = teacher.resolve_dtype(recipe.teacher, folder)
     return CaptureIdentity(
-        teacher=identity_of(recipe.teacher) | {"weights": teacher.weights_identity(recipe.teacher, folder)},
+        teacher=identity_of(section) | {"weights": teacher.weights_identity(section, folder)},
         tokenizer=corpus.tokenizer_identity(tokenizer),
         vocab_size=teacher.vocabulary_size(folder),
         top_k=recipe.capture.top_k,
@@ -56,6 +60,9 @@ def run(
     The published entry "targets" also counts the units `captured` by this call (and their `captured_tokens`) and
     those `reused`.
 
+    A version's units are settled when its manifest is first published: what came into the corpus since is another
+    version's, or a student half trained would go on with other data.
+
     Args:
         recipe: what to capture.
         storage: the recipe's root.
@@ -71,7 +78,8 @@ def run(
     """
     identity = capture_identity(recipe)
     tokenizer = corpus.load_tokenizer(stage_folder(recipe.teacher.model), recipe.teacher.trust_remote_code)
-    units = corpus.plan_units(recipe.corpus, identity.tokenizer, storage)
+    planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k)
+    units = _of_this_version(recipe, storage, identity, planned)
     factory = engine_factory or partial(
         teacher.open_engine, recipe.teacher, recipe.capture, recipe.corpus.window_tokens
     )
@@ -100,17 +108,52 @@ def run(
     return targets.read_run_manifest(storage, entry)
 
 
+def damage(storage: Storage, entry: Mapping[str, Any]) -> str | None:
+    """Which target objects of a published manifest are missing or have another size; None if none.
+
+    Args:
+        storage: the run's store.
+        entry: "targets" of the run's record, whose document must be sound.
+    """
+    manifest = targets.read_run_manifest(storage, entry)
+    sizes = {unit: info.size for unit, info in targets.target_objects(storage, manifest.fingerprint).items()}
+    bad = [u.unit for u in manifest.units if sizes.get(u.unit) != u.object_bytes]
+    return f"{len(bad)} of {len(manifest.units)} target objects missing or cut short (first: {bad[0]})" if bad else None
+
+
+def _of_this_version(recipe: Recipe, storage: Storage, identity: CaptureIdentity, planned: list[Unit]) -> list[Unit]:
+    entry = read_published(storage, recipe.run_prefix).get("targets")
+    if entry is None:
+        return planned
+    try:
+        manifest = targets.read_run_manifest(storage, entry)
+    except IntegrityError:
+        return planned  # nothing tells any more; training refuses another plan than its checkpoint's
+    if manifest.fingerprint != identity.fingerprint:
+        return planned
+    wanted = {u.unit: u for u in manifest.units}
+    units = [replace(u, multiplicity=wanted[u.hash].multiplicity) for u in planned if u.hash in wanted]
+    gone = wanted.keys() - {u.hash for u in units}
+    if gone:
+        raise UserError(
+            f"{len(gone)} of the {len(wanted)} units of version {recipe.version} are no longer in the corpus (one: of "
+            f"{wanted[min(gone)].source}); restore those sources, or give a new --version"
+        )
+    return units
+
+
 def _indexed(
     storage: Storage, identity: CaptureIdentity, stream: Iterator[UnitSummary]
 ) -> Generator[UnitSummary, None, None]:
     """Pass summaries on and add them to the index in batches; what is at hand is added on a stop or an error too."""
     batch: list[UnitSummary] = []
+    last = time.monotonic()
     try:
         for summary in stream:
             batch.append(summary)
-            if len(batch) >= _INDEX_BATCH:
+            if len(batch) >= _INDEX_BATCH or time.monotonic() - last >= _INDEX_EVERY_S:
                 targets.append_index(storage, identity, batch)
-                batch = []
+                batch, last = [], time.monotonic()
             yield summary
     finally:
         targets.append_index(storage, identity, batch)

@@ -10,7 +10,7 @@ import json
 from enum import Enum
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 T = TypeVar("T")
 
@@ -22,12 +22,16 @@ class Kind(Enum):
 
 Identity = Annotated[T, Kind.IDENTITY]
 Placement = Annotated[T, Kind.PLACEMENT]
+Listed = Annotated[T, Field(strict=False)]
+"""A tuple, for which TOML has lists; what it holds stays strict."""
 
 
 class Section(BaseModel):
-    """A frozen part of the recipe; unknown keys are errors."""
+    """A frozen part of the recipe; unknown keys are errors, and nothing is converted but integers to floats."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def kind_of(model: type[BaseModel], field: str) -> Kind | None:

@@ -111,7 +111,9 @@ def parse_recipe(
     """
     data = dict(data)
     if root is not None:
-        data["storage"] = {**data.get("storage", {}), "root": root}
+        stated = data.get("storage", {})
+        # Something else than a table is left for the validation to name.
+        data["storage"] = {**stated, "root": root} if isinstance(stated, dict) else stated
     if version is not None:
         data["version"] = version
     try:

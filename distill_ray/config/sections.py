@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from distill_ray.config.kinds import Identity, Placement, Section
+from distill_ray.config.kinds import Identity, Listed, Placement, Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -42,7 +42,7 @@ class StorageSection(Section):
 
 
 class CorpusSection(Section):
-    sources: Placement[tuple[Uri, ...]] = Field(min_length=1)
+    sources: Placement[Listed[tuple[Uri, ...]]] = Field(min_length=1)
     """Files or globs, local or `s3://`. What they hold, not where they lie, is the identity (through unit hashes)."""
     format: Identity[Literal["text", "prompt_completion", "messages"]] = "text"
     """`text`: one a record; `prompt_completion`: supervised on the completion; `messages`: on assistant turns."""
@@ -71,11 +71,11 @@ class TeacherSection(Section):
     model: Placement[Uri]
     """Hugging Face folder, local or `s3://`."""
     revision: Identity[str | None] = None
-    """Name of the weights' revision, the teacher's identity; without one the weights' content hash is used."""
+    """Name of the weights' revision: with one, weight files are sampled for the identity instead of hashed whole."""
     engine: Identity[Literal["vllm", "transformers"]] = "vllm"
     """`transformers` is the exact reference: slow, but gives dense log-probabilities and other temperatures."""
     dtype: Identity[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
-    """Arithmetic of the teacher; `auto` takes the model's own."""
+    """Arithmetic of the teacher; `auto` is what the model's config.json states, on every machine."""
     quantization: Identity[str | None] = None
     """vLLM quantisation name (`fp8`, …) where the checkpoint does not state it."""
     trust_remote_code: Identity[bool] = False
@@ -99,7 +99,7 @@ class TeacherSection(Section):
 class CaptureSection(Section):
     top_k: Identity[int] = Field(default=64, ge=1, le=512)
     """Teacher tokens kept per position."""
-    temperatures: Identity[tuple[float, ...]] = (1.0,)
+    temperatures: Identity[Listed[tuple[float, ...]]] = (1.0,)
     """Temperatures at which the tail mass is stored exactly; 1.0 always is. Each 0.05 to 20."""
 
     @field_validator("temperatures")
@@ -121,7 +121,7 @@ class LoraSection(Section):
     """Rank of the adapters."""
     alpha: Identity[float] = Field(default=32.0, gt=0)
     """Scale of the adapters; the update is multiplied by alpha / rank."""
-    targets: Identity[tuple[str, ...]] = (
+    targets: Identity[Listed[tuple[str, ...]]] = (
         "q_proj",
         "k_proj",
         "v_proj",
@@ -136,7 +136,7 @@ class LoraSection(Section):
 class StudentSection(Section):
     model: Placement[Uri | None] = None
     """Hugging Face folder to start from, local or `s3://`; its content hash is the identity."""
-    teacher_layers: Identity[tuple[int, ...] | None] = None
+    teacher_layers: Identity[Listed[tuple[int, ...]] | None] = None
     """Start from these layers of the teacher (0-based), with its embeddings, norm and head."""
     config: Placement[Uri | None] = None
     """Folder with a `config.json`: a student with random weights, drawn from train.seed."""
@@ -177,7 +177,7 @@ class TrainSection(Section):
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Identity[float] = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    betas: Identity[tuple[Fraction, Fraction]] = (0.9, 0.95)
+    betas: Identity[Listed[tuple[Fraction, Fraction]]] = (0.9, 0.95)
     """Adam's moment decay rates."""
     clip_norm: Identity[float] = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down."""
@@ -186,8 +186,8 @@ class TrainSection(Section):
     seed: Identity[int] = Field(default=0, ge=0)
     """Fixes data order and random weights."""
     workers: Placement[Range] = Range(min=1, max=1)
-    """Ray Train workers."""
-    zero_stage: Placement[Literal[1, 2, 3]] = 2
+    """Ray Train workers; min = max, since the worker group does not grow or shrink."""
+    zero_stage: Placement[int] = Field(default=2, ge=1, le=3)
     """DeepSpeed ZeRO stage."""
     offload: Placement[bool] = False
     """Keep optimizer state in host memory."""
@@ -201,6 +201,16 @@ class TrainSection(Section):
     """Newest checkpoints kept, beside the best."""
     max_failures: Placement[int] = Field(default=3, ge=0)
     """Restarts of the worker group within one command."""
+
+    @field_validator("workers")
+    @classmethod
+    def _fixed(cls, value: Range) -> Range:
+        if value.min != value.max:
+            raise ValueError(
+                f"min={value.min} and max={value.max} differ, but training cannot change its number of workers yet; "
+                f"use {{ min = {value.max}, max = {value.max} }}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

@@ -5,11 +5,13 @@ Units never depend on where a source lies, and documents fail alone: a bad one b
 
 from distill_ray.corpus.reading import held_out, read_unit_sequences
 from distill_ray.corpus.tokenizers import load_tokenizer, same_tokenizer, tokenizer_identity
-from distill_ray.corpus.units import plan_units
+from distill_ray.corpus.units import check_unit_bytes, most_unit_tokens, plan_units
 
 __all__ = [
+    "check_unit_bytes",
     "held_out",
     "load_tokenizer",
+    "most_unit_tokens",
     "plan_units",
     "read_unit_sequences",
     "same_tokenizer",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import IO, Protocol
 
+from distill_ray.corpus.spool import open_copy
 from distill_ray.errors import UserError
 from distill_ray.storage import Storage, open_storage, split_uri
 
@@ -130,7 +132,8 @@ class Decompressor:
 def uncompressed_pieces(uri: str, size: int, start: int = 0) -> Iterator[bytes]:
     """Uncompressed bytes of a source from offset `start` to its end.
 
-    A compressed source is decompressed from its beginning: reading all U units of one costs U/2 passes over it.
+    A compressed source is decompressed from its beginning, so only a reader of its first bytes should come here; see
+    `plain_copy`.
     """
     decompressor = Decompressor(uri)
     if container_of(uri) in ("jsonl", "txt"):
@@ -147,7 +150,32 @@ def uncompressed_pieces(uri: str, size: int, start: int = 0) -> Iterator[bytes]:
     decompressor.finish()
 
 
-def read_lines(uri: str, size: int, start: int, stop: int) -> list[bytes]:
+def plain_copy(uri: str, size: int, sha256: str) -> IO[bytes] | None:
+    """This machine's decompressed copy of a compressed source, as an open file; None where it cannot be kept.
+
+    Raises:
+        UserError: the source is damaged, or its stored bytes are not those of `sha256`.
+    """
+
+    def write(out: IO[bytes]) -> None:
+        digest, decompressor = hashlib.sha256(), Decompressor(uri)
+        for stored in stored_pieces(uri, 0, size):
+            digest.update(stored)
+            for piece in decompressor.feed(stored):
+                out.write(piece)
+        decompressor.finish()
+        if digest.hexdigest() != sha256:
+            raise UserError(f"corpus source {uri} changed since the run was planned; run again to plan it anew")
+
+    return open_copy(sha256, write)
+
+
+def _pieces_of(copy: IO[bytes], start: int) -> Iterator[bytes]:
+    copy.seek(start)
+    return iter(lambda: copy.read(_FEED_BYTES), b"")
+
+
+def read_lines(uri: str, size: int, start: int, stop: int, sha256: str = "") -> list[bytes]:
     """The lines whose first byte lies in [start, stop) of the uncompressed bytes, without their line ends.
 
     Args:
@@ -155,12 +183,22 @@ def read_lines(uri: str, size: int, start: int, stop: int) -> list[bytes]:
         size: its stored bytes.
         start: first byte of the range.
         stop: one past its last byte; the last line is read to its own end, wherever that lies.
+        sha256: of the stored bytes; with it, a compressed source is read by its plain copy.
     """
     if start >= stop:
         return []
     begin = max(0, start - 1)  # The byte before tells whether a line begins at `start`.
+    # The first slice alone needs no copy, and most sources have one slice.
+    copy = plain_copy(uri, size, sha256) if start > 0 and sha256 and container_of(uri) != "jsonl" else None
+    if copy is None:
+        return _lines_of(uncompressed_pieces(uri, size, begin), begin, start, stop)
+    with copy:
+        return _lines_of(_pieces_of(copy, begin), begin, start, stop)
+
+
+def _lines_of(pieces: Iterator[bytes], begin: int, start: int, stop: int) -> list[bytes]:
     buffer, whole = bytearray(), False
-    for piece in uncompressed_pieces(uri, size, begin):
+    for piece in pieces:
         seen = len(buffer)
         buffer += piece
         # Searched from what is new, so that one line of many megabytes stays linear.

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.containers import locate, read_lines, stored_pieces
+from distill_ray.corpus.parquet import batches, readable
 from distill_ray.corpus.units import needed_columns
 from distill_ray.errors import UserError
 from distill_ray.schema import Unit
+from distill_ray.storage import ObjectInfo
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_ROWS = 1024
 
 
 class RefusedDocument(ValueError):
@@ -36,12 +36,19 @@ class Document:
     """Text, or (prompt, completion), or messages."""
 
 
-def _check_unchanged(unit: Unit, version: str, size: int) -> None:
-    if unit.source.version and unit.source.version != version:
+def _current(unit: Unit) -> ObjectInfo:
+    """The unit's source object as it is now; UserError where it is gone or not what the run was planned with."""
+    uri, planned = unit.source.uri, unit.source.version
+    store, key = locate(uri)
+    info = store.head(key)
+    if info is None:
+        raise UserError(f"corpus source {uri} is gone since the run was planned; put it back or run again")
+    if planned and planned != info.version:
         raise UserError(
-            f"corpus source {unit.source.uri} changed since the run was planned (version {unit.source.version}, now "
-            f"{version}, {size:,} bytes); run again to plan it anew"
+            f"corpus source {uri} changed since the run was planned (version {planned}, now {info.version}, "
+            f"{info.size:,} bytes); run again to plan it anew"
         )
+    return info
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def _parse_line(line: bytes) -> dict[str, Any]:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RefusedDocument(f"not UTF-8: byte {line[error.start]:#04x} at offset {error.start}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also a number of more digits than Python converts
         raise RefusedDocument(f"bad JSON: {error}") from None
     except RecursionError:
         raise RefusedDocument("bad JSON: nested too deeply") from None
@@ -61,7 +68,7 @@ def _parse_line(line: bytes) -> dict[str, Any]:
 
 
 def _raw_lines(unit: Unit, size: int) -> Iterator[dict[str, Any] | RefusedDocument]:
-    lines = read_lines(unit.source.uri, size, unit.source.start, unit.source.stop)
+    lines = read_lines(unit.source.uri, size, unit.source.start, unit.source.stop, unit.source.content)
     if lines and unit.source.start == 0:
         lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
     for line in lines:
@@ -71,27 +78,19 @@ def _raw_lines(unit: Unit, size: int) -> Iterator[dict[str, Any] | RefusedDocume
             yield reason
 
 
-def _batches(unit: Unit, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    store, key = locate(unit.source.uri)
-    groups = list(range(unit.source.start, unit.source.stop))
-    with store.open_input(key) as stream:
-        try:
-            file = pq.ParquetFile(stream)
-            yield from file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(columns))
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"corpus source {unit.source.uri} is damaged: {error}; upload it again") from None
+def _row(batch: pa.RecordBatch, row: int, columns: tuple[str, ...]) -> dict[str, Any] | RefusedDocument:
+    try:
+        return {name: batch.column(name)[row].as_py() for name in columns}
+    except UnicodeDecodeError as error:
+        return RefusedDocument(f"not UTF-8: {error.reason} at offset {error.start}")
 
 
 def _raw_rows(unit: Unit, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | RefusedDocument]:
-    for batch in _batches(unit, columns):
+    for batch in batches(unit.source, list(columns)):
         for row in range(batch.num_rows):
-            try:
-                yield {name: batch.column(name)[row].as_py() for name in columns}
-            except UnicodeDecodeError as error:
-                yield RefusedDocument(f"not UTF-8: {error.reason} at offset {error.start}")
+            with readable(unit.source.uri, "is damaged"):
+                found = _row(batch, row, columns)
+            yield found
 
 
 def _raw_file(unit: Unit, size: int, column: str) -> Iterator[dict[str, Any] | RefusedDocument]:
@@ -152,7 +151,7 @@ def document_key(form: str, content: Any) -> int:
         canonical = json.dumps([form, content], sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise RefusedDocument(f"not UTF-8: lone surrogate in {error.object[error.start]!a}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RefusedDocument(f"not plain JSON: {error}") from None
     return int.from_bytes(hashlib.blake2b(canonical, digest_size=8).digest(), "big")
 
@@ -160,15 +159,14 @@ def document_key(form: str, content: Any) -> int:
 def read_documents(unit: Unit, section: CorpusSection) -> Iterator[Document | tuple[int, RefusedDocument]]:
     """The documents of a unit in source order; a refused one is (record number, reason).
 
+    What was given out counts only once the iterator is exhausted: a source that is replaced while it is read shows at
+    the end.
+
     Raises:
-        UserError: the source is gone or changed since it was planned.
+        UserError: the source is gone, changed since it was planned, changed while it was read, or is damaged.
     """
-    store, key = locate(unit.source.uri)
-    info = store.head(key)
-    if info is None:
-        raise UserError(f"corpus source {unit.source.uri} is gone since the run was planned; put it back or run again")
-    _check_unchanged(unit, info.version, info.size)
-    if unit.source.kind == "row_groups":
+    info = _current(unit)
+    if unit.source.kind in ("row_groups", "rows"):
         raw = _raw_rows(unit, needed_columns(section))
     elif unit.source.kind == "file":
         raw = _raw_file(unit, info.size, section.text_column)
@@ -183,3 +181,6 @@ def read_documents(unit: Unit, section: CorpusSection) -> Iterator[Document | tu
             yield Document(number, document_key(section.format, content), content)
         except RefusedDocument as reason:
             yield number, reason
+    # Pieces of two versions would be stored for ever under the hash of the first.
+    if _current(unit).version != info.version:
+        raise UserError(f"corpus source {unit.source.uri} changed while it was read; run again when it is whole")

@@ -9,11 +9,14 @@ from typing import Any
 
 from distill_ray.config import fingerprint
 from distill_ray.corpus.containers import Decompressor, container_of, locate, stored_pieces
+from distill_ray.corpus.parquet import layout
 from distill_ray.errors import UserError
 from distill_ray.storage import NotFoundError, ObjectInfo, Storage
 
 CACHE_PREFIX = "cache/sources/"
-_FORMAT = 1
+_FORMAT = 2
+_MOST_FIRST_LINE = 64 * 2**20
+"""Bytes of a first line beyond which its keys are not looked at."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class SourceIndex:
     """JSONL: first byte of each slice, every one the beginning of a line; the last slice ends at `raw_bytes`."""
     groups: list[int]
     """Parquet: uncompressed bytes of each row group."""
+    group_rows: list[int]
+    """Parquet: rows of each row group."""
 
 
 class _LineScanner:
@@ -56,6 +61,8 @@ class _LineScanner:
             self._first += piece if end < 0 else piece[:end]
             if end >= 0:
                 self.first_line, self._first = bytes(self._first), None
+            elif len(self._first) > _MOST_FIRST_LINE:
+                self._first = None
 
     def finish(self) -> None:
         if self._first is not None:
@@ -67,24 +74,9 @@ class _LineScanner:
 def _columns_of_line(line: bytes) -> list[str] | None:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):  # a dead letter when it is read
         return None
     return list(record) if isinstance(record, dict) else None
-
-
-def _parquet_layout(uri: str) -> tuple[list[str], list[int]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    store, key = locate(uri)
-    with store.open_input(key) as stream:
-        try:
-            parquet = pq.ParquetFile(stream)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"corpus source {uri} is not a whole Parquet file: {error}; upload it again") from None
-        meta = parquet.metadata
-        groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-        return list(parquet.schema_arrow.names), groups
 
 
 def _read(uri: str, info: ObjectInfo, unit_bytes: int) -> SourceIndex:
@@ -93,8 +85,8 @@ def _read(uri: str, info: ObjectInfo, unit_bytes: int) -> SourceIndex:
     if container in ("parquet", "txt"):
         for stored in stored_pieces(uri, 0, info.size):
             digest.update(stored)
-        columns, groups = _parquet_layout(uri) if container == "parquet" else (None, [])
-        return SourceIndex(digest.hexdigest(), sum(groups) or info.size, columns, [], groups)
+        columns, groups, rows = layout(uri) if container == "parquet" else (None, [], [])
+        return SourceIndex(digest.hexdigest(), sum(groups) or info.size, columns, [], groups, rows)
     decompressor, scanner = Decompressor(uri), _LineScanner(unit_bytes)
     for stored in stored_pieces(uri, 0, info.size):
         digest.update(stored)
@@ -103,7 +95,7 @@ def _read(uri: str, info: ObjectInfo, unit_bytes: int) -> SourceIndex:
     decompressor.finish()
     scanner.finish()
     columns = _columns_of_line(scanner.first_line)
-    return SourceIndex(digest.hexdigest(), scanner.raw_bytes, columns, scanner.cuts, [])
+    return SourceIndex(digest.hexdigest(), scanner.raw_bytes, columns, scanner.cuts, [], [])
 
 
 def _cache_key(uri: str, info: ObjectInfo) -> str:

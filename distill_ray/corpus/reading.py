@@ -77,7 +77,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, form: str) -> None:
 
 
 def read_unit_sequences(
-    unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase
+    unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase, *, most_tokens: int | None = None
 ) -> tuple[list[Sequence], list[DeadLetter]]:
     """All sequences of a unit in source order, and the documents that failed for their own reasons.
 
@@ -85,13 +85,16 @@ def read_unit_sequences(
         unit: one of `plan_units`.
         section: the recipe's [corpus], as it was planned with.
         tokenizer: the teacher's, from `load_tokenizer`.
+        most_tokens: bound on the tokens of all sequences together (`most_unit_tokens`); None: no bound.
 
     Raises:
-        UserError: the source is gone, changed since it was planned, or the tokenizer lacks what the format needs.
+        UserError: the source is gone, changed since it was planned, or the tokenizer lacks what the format needs; or
+            there are more than `most_tokens`.
     """
     _check_tokenizer(tokenizer, section.format)
     sequences: list[Sequence] = []
     refused: list[tuple[int, str]] = []
+    tokens = 0
     documents = read_documents(unit, section)
     while batch := list(islice(documents, _BATCH)):
         refused += [(item[0], str(item[1])) for item in batch if not isinstance(item, Document)]
@@ -102,7 +105,16 @@ def read_unit_sequences(
             elif len(encoded[0]) < 2:
                 refused.append((document.record, f"{len(encoded[0])} token(s): nothing to predict"))
             else:
-                sequences += windows(*encoded, document.key, section.window_tokens, section.window_overlap)
+                found = windows(*encoded, document.key, section.window_tokens, section.window_overlap)
+                sequences += found
+                tokens += sum(len(s.tokens) for s in found)
+        if most_tokens is not None and tokens > most_tokens:
+            # Planning knows bytes alone, and those of a Parquet dictionary may stand for many times as much text.
+            raise UserError(
+                f"corpus source {unit.source.uri}: {unit.source.kind} {unit.source.start} to {unit.source.stop} give "
+                f"more than {most_tokens:,} tokens in one unit, whose target object would exceed 1 GiB; lower "
+                f"corpus.unit_bytes={section.unit_bytes}"
+            )
     return sequences, [DeadLetter(unit.hash, unit.source.uri, number, reason) for number, reason in sorted(refused)]
 
 

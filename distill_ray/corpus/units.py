@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from distill_ray.codec import row_bytes
 from distill_ray.config import fingerprint
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.containers import container_of
@@ -17,6 +19,16 @@ from distill_ray.storage import ObjectInfo, Storage, glob_sources
 CHUNKING_VERSION = 1
 """Raised whenever the same slice would give other sequences."""
 _THREADS = 16
+_LARGE_GROUP = 2
+"""Parquet row groups of more than so many times `unit_bytes` are cut into runs of rows."""
+_MOST_OBJECT_BYTES = 2**30
+_BYTES_PER_TOKEN = 2
+_LARGE_VOCABULARY = 2**18
+_SIDE_BYTES = 32
+"""Of a target row, beside its packed part: token, mask, actual log-probability and rank, entropy, tails."""
+
+Slice = tuple[str, int, int, int]
+"""Kind, start, stop, source bytes."""
 
 
 def needed_columns(section: CorpusSection) -> tuple[str, ...]:
@@ -36,6 +48,9 @@ def _check_columns(section: CorpusSection, uri: str, index: SourceIndex) -> None
         return
     if index.columns is None:
         return
+    doubled = [column for column in needed_columns(section) if index.columns.count(column) > 1]
+    if doubled:
+        raise UserError(f"corpus source {uri} has several columns {doubled}; rename or drop all but one of each")
     missing = [column for column in needed_columns(section) if column not in index.columns]
     if missing:
         raise UserError(
@@ -44,22 +59,69 @@ def _check_columns(section: CorpusSection, uri: str, index: SourceIndex) -> None
         )
 
 
-def _slices(section: CorpusSection, index: SourceIndex, container: str) -> Iterator[tuple[str, int, int, int]]:
-    """(kind, start, stop, source bytes) of each slice of one source."""
+def _parquet_slices(unit_bytes: int, index: SourceIndex) -> Iterator[Slice]:
+    first, held, row = 0, 0, 0
+    for group, (size, rows) in enumerate(zip(index.groups, index.group_rows, strict=True)):
+        parts = min(rows, -(-size // unit_bytes)) if size > _LARGE_GROUP * unit_bytes else 1
+        if group > first and (held + size > unit_bytes or parts > 1):
+            yield "row_groups", first, group, held
+            first, held = group, 0
+        if parts > 1:
+            cuts = [rows * i // parts for i in range(parts + 1)]
+            for start, stop in itertools.pairwise(cuts):
+                yield "rows", row + start, row + stop, size * (stop - start) // rows
+            first = group + 1
+        else:
+            held += size
+        row += rows
+    if first < len(index.groups):
+        yield "row_groups", first, len(index.groups), held
+
+
+def _slices(section: CorpusSection, index: SourceIndex, container: str) -> Iterator[Slice]:
     if container == "txt":
         yield "file", 0, index.raw_bytes, index.raw_bytes
     elif container == "parquet":
-        first, held = 0, 0
-        for group, size in enumerate(index.groups):
-            if group > first and held + size > section.unit_bytes:
-                yield "row_groups", first, group, held
-                first, held = group, 0
-            held += size
-        if index.groups:
-            yield "row_groups", first, len(index.groups), held
+        yield from _parquet_slices(section.unit_bytes, index)
     else:
         for start, stop in zip(index.cuts, [*index.cuts[1:], index.raw_bytes], strict=False):
             yield "lines", start, stop, stop - start
+
+
+def most_unit_tokens(top_k: int) -> int:
+    """Tokens of a unit whose target object is as large as one may be, 1 GiB."""
+    return _MOST_OBJECT_BYTES // (row_bytes(top_k, _LARGE_VOCABULARY) + _SIDE_BYTES)
+
+
+def most_unit_bytes(section: CorpusSection, top_k: int) -> int:
+    """Source bytes of a unit beyond which planning refuses it: ordinary text takes 3 to 5 bytes a token, here 2."""
+    fresh = (section.window_tokens - section.window_overlap) / section.window_tokens
+    return int(most_unit_tokens(top_k) * _BYTES_PER_TOKEN * fresh)
+
+
+def check_unit_bytes(section: CorpusSection, top_k: int) -> None:
+    """Raises UserError where units of the recipe's own size would already be too large."""
+    most = most_unit_bytes(section, top_k)
+    if section.unit_bytes > most:
+        raise UserError(
+            f"corpus.unit_bytes={section.unit_bytes}: with capture.top_k={top_k} a unit's target object might exceed "
+            f"{_MOST_OBJECT_BYTES:,} bytes; use at most {most // _LARGE_GROUP}"
+        )
+
+
+def _check_size(section: CorpusSection, top_k: int, unit: Unit) -> None:
+    most = most_unit_bytes(section, top_k)
+    if unit.bytes <= most:
+        return
+    what, remedy = {
+        "file": ("a text file is one document", "split the file, or write JSONL with a document on each line"),
+        "lines": ("a line is one document", "split its longest document into several lines"),
+    }.get(unit.source.kind, ("a row is one document", f"use corpus.unit_bytes = {most // _LARGE_GROUP} or split rows"))
+    raise UserError(
+        f"corpus source {unit.source.uri}: {unit.source.kind} {unit.source.start} to {unit.source.stop} have "
+        f"{unit.bytes:,} bytes, and with capture.top_k={top_k} one unit may have {most:,}, so that its target object "
+        f"stays below {_MOST_OBJECT_BYTES:,} bytes ({what}); {remedy}"
+    )
 
 
 def _units_of(
@@ -83,16 +145,20 @@ def _units_of(
         yield Unit(fingerprint(identity), source, size)
 
 
-def plan_units(section: CorpusSection, tokenizer_id: str, cache: Storage | None) -> list[Unit]:
+def plan_units(
+    section: CorpusSection, tokenizer_id: str, cache: Storage | None, *, top_k: int | None = None
+) -> list[Unit]:
     """All units of the corpus, sorted by hash; equal content is one unit with a multiplicity.
 
     Args:
         section: the recipe's [corpus].
         tokenizer_id: `tokenizer_identity` of the teacher's tokenizer.
         cache: root storage, where one small object per source version keeps its hash and layout; None reads all.
+        top_k: K of the capture, which bounds the size of a unit; None: not checked.
 
     Raises:
-        UserError: a source is missing, damaged, of unknown format or without the needed columns, or nothing is in them.
+        UserError: a source is missing, damaged, of unknown format or without the needed columns, or nothing is in
+            them; or a unit's target object might exceed 1 GiB.
     """
     # A file that two globs name is one source; two files with the same bytes are a multiplicity of 2.
     sources = {uri: info for pattern in section.sources for uri, info in glob_sources(pattern)}
@@ -107,6 +173,8 @@ def plan_units(section: CorpusSection, tokenizer_id: str, cache: Storage | None)
     for uri, index in sorted(indices.items()):
         _check_columns(section, uri, index)
         for unit in _units_of(section, tokenizer_id, uri, sources[uri], index):
+            if top_k is not None:
+                _check_size(section, top_k, unit)
             known = found.get(unit.hash)
             found[unit.hash] = dataclasses.replace(known, multiplicity=known.multiplicity + 1) if known else unit
     total = sum(unit.bytes for unit in found.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_ray.errors import IntegrityError
+from distill_ray.lease.record import LeaseToken, put_owned, require_owned
 from distill_ray.storage import NotFoundError, Storage
 
 _MANIFEST = "manifest.json"
@@ -50,36 +51,49 @@ def file_sha256(path: Path) -> str:
 
 
 def store_folder(
-    storage: Storage, prefix: str, folder: Path, about: Mapping[str, Any], on_file: Callable[[], None] = lambda: None
+    storage: Storage,
+    token: LeaseToken,
+    prefix: str,
+    folder: Path,
+    about: Mapping[str, Any],
+    on_file: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Upload a folder's files under `prefix`, then a manifest with their sizes and checksums.
 
     What else lies under the prefix is removed first: a weights shard left by an interrupted upload of another layout
-    would be loaded beside the new ones.
+    would be loaded beside the new ones. A driver that lost its lease stops before its next file and cannot replace
+    the manifest; the file it was in the midst of holds what its successor writes there too.
 
     Args:
         storage: the run's store.
-        prefix: key of the folder; only one writer may use it.
+        token: of the run's lease.
+        prefix: key of the folder.
         folder: local; files in it, no folders.
         about: further fields of the manifest.
         on_file: called after each file.
 
     Returns:
         The entry to publish.
+
+    Raises:
+        LeaseLostError: another driver took the run over.
     """
     paths = sorted(path for path in folder.iterdir() if path.is_file())
+    require_owned(storage, token)
+    wanted = {_MANIFEST, *(path.name for path in paths)}
     for info in list(storage.list(f"{prefix}/")):
-        if info.key.removeprefix(f"{prefix}/") not in {path.name for path in paths}:
+        if info.key.removeprefix(f"{prefix}/") not in wanted:
             storage.delete(info.key)
     files = []
     for path in paths:
+        require_owned(storage, token)
         # Hashed before it leaves the local disk: a body corrupted on its way is found when it is read back.
         files.append({"name": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)})
         storage.upload(path, f"{prefix}/{path.name}")
         on_file()
     data = (json.dumps({**about, "files": files}, sort_keys=True, indent=1) + "\n").encode()
     key = f"{prefix}/{_MANIFEST}"
-    storage.put(key, data)
+    put_owned(storage, token, key, data)
     return document_entry(key, data)
 
 

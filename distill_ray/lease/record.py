@@ -64,7 +64,7 @@ def put_owned(storage: Storage, token: LeaseToken, key: str, data: bytes) -> Non
     """
     for _ in range(CONFLICTS):
         info = storage.head(key)
-        _require_owned(read_record(storage, token.run_prefix), token)
+        require_owned(storage, token)
         try:
             storage.put_if(key, data, None if info is None else info.version)
         except ConflictError:
@@ -72,6 +72,11 @@ def put_owned(storage: Storage, token: LeaseToken, key: str, data: bytes) -> Non
         else:
             return
     raise StorageError(f"{storage.uri}/{key}: {CONFLICTS} writes in a row met another writer's; run again")
+
+
+def require_owned(storage: Storage, token: LeaseToken) -> None:
+    """Raises LeaseLostError if another driver owns the run by now."""
+    _require_owned(read_record(storage, token.run_prefix), token)
 
 
 def read_published(storage: Storage, run_prefix: str) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from distill_ray.report.document import (
     to_bytes,
 )
 from distill_ray.report.files import read_report, report_key, write_report
-from distill_ray.report.gate import check_require, failures, judge
+from distill_ray.report.gate import MODELS, check_require, failures, judge
 from distill_ray.report.html import render_html
 from distill_ray.report.metrics import (
     DEFINITIONS,
@@ -25,6 +25,7 @@ from distill_ray.report.table import render_table
 
 __all__ = [
     "DEFINITIONS",
+    "MODELS",
     "SCHEMA_VERSION",
     "Evaluation",
     "KeptMassHistogram",

@@ -17,8 +17,24 @@ def report_key(run_prefix: str, kind: str = "json") -> str:
     return f"{run_prefix}/report.{kind}"
 
 
-def write_report(storage: Storage, token: LeaseToken, report: dict[str, Any], history: list[dict[str, float]]) -> None:
+def write_report(
+    storage: Storage,
+    token: LeaseToken,
+    report: dict[str, Any],
+    history: list[dict[str, float]],
+    *,
+    settings: dict[str, Any],
+    require: dict[str, float],
+) -> None:
     """Write report.html and report.json and publish them as "report".
+
+    Args:
+        storage: the run's root.
+        token: of the run's lease.
+        report: as `build_report` gives it.
+        history: training steps, for the loss curve.
+        settings: identity fields of `[evaluate]`; published, so that others are seen to need another report.
+        require: bounds the report was judged by; published for the same reason.
 
     Raises:
         IntegrityError: a value is not finite; nothing is written.
@@ -27,7 +43,8 @@ def write_report(storage: Storage, token: LeaseToken, report: dict[str, Any], hi
     data, page = to_bytes(report), render_html(report, history).encode()
     put_owned(storage, token, report_key(token.run_prefix, "html"), page)
     put_owned(storage, token, report_key(token.run_prefix), data)
-    publish(storage, token, "report", document_entry(report_key(token.run_prefix), data))
+    links = {"student": report["identity"]["student"], "settings": settings, "require": require}
+    publish(storage, token, "report", document_entry(report_key(token.run_prefix), data) | links)
 
 
 def read_report(storage: Storage, run_prefix: str) -> dict[str, Any]:

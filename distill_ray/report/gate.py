@@ -10,6 +10,7 @@ from distill_ray.errors import UserError
 AT_MOST = ("kl_t1", "perplexity", "ece")
 AT_LEAST = ("top1_agreement", "acceptance")
 MODELS = ("teacher", "before", "after")
+"""Whose figures a report states."""
 
 
 def check_require(require: Mapping[str, float]) -> None:

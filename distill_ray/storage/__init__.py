@@ -2,7 +2,7 @@
 
 from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, Storage, StorageError
 from distill_ray.storage.sources import glob_sources
-from distill_ray.storage.staging import stage_folder
+from distill_ray.storage.staging import stage_folder, user_cache
 from distill_ray.storage.uris import check_access, open_storage, split_uri
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "open_storage",
     "split_uri",
     "stage_folder",
+    "user_cache",
 ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from distill_ray.storage.base import StorageError
 
 TEMPORARY, LOCK = ".tmp-", ".lock-"
+_ATTEMPTS = 100
 
 
 def is_hidden(name: str) -> bool:
@@ -30,13 +31,16 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     A killed process leaves its temporary file behind; nothing lists or reads it.
     """
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    while True:
+    for attempt in range(_ATTEMPTS):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
             break
         except FileNotFoundError:
-            continue  # a delete removed the folder, empty, in between; not once this file is in it
+            # A delete removed the folder, empty, in between; not once this file is in it. Some file systems (/proc,
+            # a stale mount) answer so for ever.
+            if attempt == _ATTEMPTS - 1:
+                raise
     try:
         yield temporary
     finally:

@@ -40,7 +40,7 @@ def stage_folder(uri: str, cache: Path | None = None) -> Path:
         raise UserError(f"{uri}: no object lies under this prefix; correct the URI or upload the folder")
     manifest = json.dumps({"uri": storage.uri, "objects": [[o.key, o.size, o.version] for o in objects]}, indent=1)
     name = hashlib.sha256(manifest.encode()).hexdigest()[:32]
-    root = cache or _default_cache()
+    root = cache or user_cache("staged")
     folder, marker = root / name, root / f"{name}.json"
     if marker.exists():
         return folder
@@ -69,9 +69,13 @@ def _download(storage: Storage, objects: list[ObjectInfo], folder: Path) -> None
             raise StorageError(f"{storage.uri}/{each.key} changed while it was downloaded; run again")
 
 
-def _default_cache() -> Path:
+def user_cache(name: str) -> Path:
+    """This project's folder `name` in the user's cache, `$XDG_CACHE_HOME` or `~/.cache`; it may not exist yet.
+
+    Raises UserError if there is no home folder.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "distill_ray" / "staged"
+        return (Path(base) if base else Path.home() / ".cache") / "distill_ray" / name
     except RuntimeError as error:
         raise UserError("no home folder to keep downloads in; set XDG_CACHE_HOME") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from distill_ray.config import Recipe
 from distill_ray.errors import UserError
+from distill_ray.model_config import attention_implementation
 from distill_ray.storage import stage_folder
 from distill_ray.student.dropout import remove_dropout
 
@@ -55,11 +56,6 @@ def build_initial(
     if dropped:
         say(f"dropout is off ({', '.join(dropped)} in the student's configuration): the targets are deterministic")
     return model, model.config.get_text_config()
-
-
-def attention_implementation(config: PretrainedConfig) -> str:
-    """`eager` for a model that soft-caps attention logits (Gemma 2), which SDPA silently leaves out; else `sdpa`."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, trust: bool) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Soft targets in storage: one object per corpus unit, an index over them, and a run's manifest of which it uses."""
 
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
-from distill_ray.targets.index import append_index, done_units, load_index
+from distill_ray.targets.index import append_index, done_units, load_index, target_objects
 from distill_ray.targets.inspect import InspectReport, inspect
 from distill_ray.targets.layout import StoredSequence
 from distill_ray.targets.manifest import ManifestUnit, RunManifest, read_run_manifest, write_run_manifest
@@ -26,6 +26,7 @@ __all__ = [
     "open_unit",
     "read_run_manifest",
     "read_unit",
+    "target_objects",
     "unit_key",
     "write_run_manifest",
 ]

@@ -140,22 +140,22 @@ def done_units(
     report = report or _warn
     entries, objects, broken = _load(storage, capture, report)
     done: dict[str, UnitSummary] = {}
-    found: list[UnitSummary] = []
+    unknown: list[str] = []
     for unit in entries.keys() - objects.keys():
         report(f"target object of unit {unit} is in the index but gone from {storage.uri}; it is captured again")
     for unit, info in objects.items():
         entry = entries.get(unit)
         if entry and entry.summary.object_bytes == info.size and info.modified <= entry.indexed_at:
             done[unit] = entry.summary
-            continue
-        summary = _verified(storage, capture, unit, entry, report)
-        if summary is not None:
-            found.append(summary)
-            done[unit] = summary
-        if len(found) >= UNITS_PER_OBJECT:  # so that a crash in a long re-index keeps what was verified
+        else:
+            unknown.append(unit)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(unknown), UNITS_PER_OBJECT):  # so that a crash keeps what was verified
+            batch = unknown[start : start + UNITS_PER_OBJECT]
+            verified = pool.map(lambda unit: _verified(storage, capture, unit, entries.get(unit), report), batch)
+            found = [summary for summary in verified if summary is not None]
             append_index(storage, capture, found)
-            found = []
-    append_index(storage, capture, found)
+            done |= {summary.unit: summary for summary in found}
     for key in broken:  # only now: what it named is verified and indexed anew
         storage.delete(key)
     return done

@@ -246,7 +246,7 @@ def _check_identity(info: UnitInfo, fingerprint: str, unit: str, where: str) -> 
             f"k={info.identity.top_k}), not of {fingerprint}: targets of two teachers must not be mixed; {REMEDY}"
         )
     if info.unit.hash != unit:
-        raise IntegrityError(f"{where}: holds unit {info.unit.hash} of {info.unit.source.uri}, not {unit}; {REMEDY}")
+        raise IntegrityError(f"{where}: holds unit {info.unit.hash}, not {unit}; {REMEDY}")
 
 
 def read_unit(

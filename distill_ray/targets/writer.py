@@ -140,8 +140,10 @@ def _to_bytes(
 def _metadata(
     identity: CaptureIdentity, unit: Unit, stored: list[StoredSequence], dead: list[DeadLetter], kept_mass: float
 ) -> dict[str, Any]:
-    """The footer's JSON. Lengths and masks are the columns' own; the multiplicity is a run's, not the object's."""
-    described = {k: v for k, v in asdict(unit).items() if k != "multiplicity"}
+    """The footer's JSON. Lengths and masks are the columns' own; multiplicity and paths are a run's, not the object's:
+    the same content gives the same bytes wherever it lies and whenever it was written."""
+    source = asdict(unit.source) | {"uri": "", "version": ""}
+    described = {k: v for k, v in asdict(unit).items() if k != "multiplicity"} | {"source": source}
     return {
         "schema_version": SCHEMA_VERSION,
         "identity": identity.to_dict(),
@@ -150,5 +152,5 @@ def _metadata(
         "sequences": len(stored),
         "rows": sum(len(s.packed_NB) for s in stored),
         "kept_mass_sum": kept_mass,
-        "dead": [asdict(d) for d in dead],
+        "dead": [asdict(d) | {"source": ""} for d in dead],
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +9,10 @@ import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import CannotCaptureError, UserError
+from distill_ray.model_config import read_config, stated_dtype
 from distill_ray.schema import TargetRows
+
+CONCRETE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Engine(Protocol):
@@ -65,6 +67,7 @@ def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens:
             'use teacher.engine = "transformers" or temperatures = [1.0]'
         )
     folder = stage_folder(section.model)
+    section = resolve_dtype(section, folder)
     vocab = vocabulary_size(folder)
     if capture.top_k > vocab:
         raise UserError(
@@ -80,6 +83,27 @@ def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens:
     return TransformersEngine(section, capture, window_tokens, folder, vocab)
 
 
+def resolve_dtype(section: TeacherSection, folder: Path) -> TeacherSection:
+    """The section with a concrete `dtype`: for `auto`, the one that the model's `config.json` states.
+
+    What an engine makes of `auto` depends on the machine (vLLM: float16 where a GPU has no bfloat16), so it is no
+    identity: two kinds of nodes would mix their arithmetic in one capture.
+
+    Raises:
+        UserError: `auto`, and the config states none of float32, bfloat16, float16.
+    """
+    if section.dtype != "auto":
+        return section
+    found = stated_dtype(folder)
+    if found not in CONCRETE_DTYPES:
+        raise UserError(
+            f'teacher.dtype = "auto", but {folder}/config.json states '
+            f"{'no dtype' if found is None else f'dtype {found!r}'}; set teacher.dtype to one of "
+            f"{', '.join(CONCRETE_DTYPES)}"
+        )
+    return section.model_copy(update={"dtype": found})
+
+
 def vocabulary_size(folder: Path) -> int:
     """V of a Hugging Face model folder: `vocab_size` of its config (of the text model in a composite one).
 
@@ -91,18 +115,12 @@ def vocabulary_size(folder: Path) -> int:
     Raises:
         UserError: no `config.json`, or it states no vocabulary.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"teacher folder {folder} has no config.json; teacher.model must name a Hugging Face model folder"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the model folder again") from None
+    config = read_config(folder)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if not isinstance(size, int) or size < 2:
-        raise UserError(f"{path} states no usable vocab_size (got {size!r}); it must be a causal language model")
+        raise UserError(
+            f"{folder}/config.json states no usable vocab_size (got {size!r}); it must be a causal language model"
+        )
     return size
 
 

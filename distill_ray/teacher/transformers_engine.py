@@ -15,6 +15,7 @@ import torch
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import UserError
+from distill_ray.model_config import attention_implementation
 from distill_ray.schema import TargetRows
 from distill_ray.teacher.engine import finite_or_reason, refusal
 
@@ -30,7 +31,7 @@ class TransformersEngine:
     def __init__(
         self, section: TeacherSection, capture: CaptureSection, window_tokens: int, folder: Path, vocab_size: int
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         if section.quantization is not None:
             raise UserError(
@@ -42,8 +43,13 @@ class TransformersEngine:
         if not section.use_gpu:
             # Ray sets OMP_NUM_THREADS from num_cpus, a share that serves placement only.
             torch.set_num_threads(len(os.sched_getaffinity(0)))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=section.dtype, trust_remote_code=section.trust_remote_code
+            folder,
+            config=config,
+            dtype=section.dtype,
+            trust_remote_code=section.trust_remote_code,
+            attn_implementation=attention_implementation(config),
         )
         self._model = model.to(self._device).eval()
 

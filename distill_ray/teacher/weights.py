@@ -5,53 +5,75 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from distill_ray.config.sections import TeacherSection
 from distill_ray.errors import UserError
+from distill_ray.model_config import read_config
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _BLOCK = 8 * 2**20
+_MOST_HEADER = 100 * 2**20
+"""Bytes that the safetensors format allows its header."""
+_SAMPLES, _SAMPLE_BYTES = 8, 64 * 2**10
 
 
 def weights_identity(section: TeacherSection, folder: Path) -> dict[str, str]:
-    """The teacher's weights as identity: the stated revision, else the hash of the weight files' content.
+    """The teacher's weights as identity: the hash of the weight files' content or, with a revision, of a sketch.
 
-    `config.json` is part of it either way: it fixes soft-caps, scales and the real vocabulary. Files are hashed in
-    parallel, and a file seen before (same path, size and modification time) is not read again; that memory lies in the
-    user's cache folder, never beside the model.
+    The sketch is cheap whatever the size: each weight file's name, size, safetensors header and a few samples of its
+    bytes, and the index. So two models that were given one revision by mistake are told apart.
+
+    `config.json` is part of it either way: it fixes soft-caps, scales and the real vocabulary; and so is Python code
+    beside it. Files are hashed in parallel, and a file seen before (same path, size and modification time) is not read
+    again; that memory lies in the user's cache folder, never beside the model.
 
     Raises:
         UserError: the folder holds no weights or no `config.json`.
     """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(
-            f"teacher folder {folder} has no config.json; teacher.model must name a Hugging Face model folder"
-        )
-    identity = {"config": _hash_config(config)}
-    if section.revision is not None:
-        return identity | {"revision": section.revision}
+    identity = {"config": _hash_config(read_config(folder))}
     files = sorted({p for pattern in _WEIGHTS for p in folder.glob(pattern)})
     if not files:
         raise UserError(f"teacher folder {folder} holds no weight files ({', '.join(_WEIGHTS)}); copy the model again")
-    total = hashlib.sha256()
-    for name, digest in zip((f.name for f in files), _hash_files(files), strict=True):
-        total.update(f"{name} {digest}\n".encode())
-    return identity | {"sha256": total.hexdigest()}
+    if code := sorted(folder.glob("*.py")):
+        identity["code"] = _combined(code, [_sha256(p) for p in code])
+    if section.revision is None:
+        return identity | {"sha256": _combined(files, _hash_files(files))}
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    sketches = [_sketch(p) for p in files] + [_sha256(p) for p in index]
+    return identity | {"revision": section.revision, "sketch": _combined(files + index, sketches)}
 
 
-def _hash_config(path: Path) -> str:
+def _combined(files: list[Path], digests: list[str]) -> str:
+    lines = (f"{f.name} {digest}\n" for f, digest in zip(files, digests, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sketch(path: Path) -> str:
+    """Hash of a weight file's size, its safetensors header, and evenly spread samples with its first and last bytes.
+
+    Models of one shape have one header: only the samples tell a model from its fine-tuned version.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size}\n".encode())
+    with path.open("rb") as stream:
+        if path.suffix == ".safetensors":
+            length = stream.read(8)
+            digest.update(length + stream.read(min(int.from_bytes(length, "little"), _MOST_HEADER)))
+        for i in range(_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _hash_config(values: dict[str, Any]) -> str:
     """Of the values, not of the layout; the version of the library that wrote them does not count."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the model folder again") from None
-    values.pop("transformers_version", None)
-    values.pop("_name_or_path", None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    kept = {k: v for k, v in values.items() if k not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_files(files: list[Path]) -> list[str]:
@@ -83,13 +105,20 @@ def _cache_path() -> Path:
 def _read_cache(path: Path) -> dict[str, str]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):  # half-written by another program: hashing again costs only time
+    except (OSError, ValueError, TypeError):  # missing or of another program: hashing again costs only time
         return {}
 
 
 def _write_cache(path: Path, cache: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".weights-")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(cache, stream)
-    Path(name).replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".weights-")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(cache, stream)
+        Path(name).replace(path)
+    except OSError as error:
+        print(
+            f"warning: cannot keep the hashes of the weights in {path} ({error.strerror}), so the weights are read "
+            "again each time; set XDG_CACHE_HOME to a folder that can be written",
+            file=sys.stderr,
+        )

@@ -77,7 +77,7 @@ def publish_student(
     prefix = f"{job.token.run_prefix}/student/e{job.token.epoch:04d}"
     with tempfile.TemporaryDirectory(prefix="distill-ray-student-") as folder:
         write_folder(model, merge_lora(state, lora) if lora else state, teacher_folder, Path(folder))
-        entry = store_folder(job.storage, prefix, Path(folder), {"step": steps})
+        entry = store_folder(job.storage, job.token, prefix, Path(folder), {"step": steps})
     stored = store_history(job.storage, job.token, history)
     publish(job.storage, job.token, "student", {**entry, "step": steps, "plan": plan, "history": stored})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -118,6 +119,20 @@ class Job:
         """(step, loss) of every line of the run's metrics."""
         lines = open_storage(self.root).get(f"runs/tiny/{version}/metrics.jsonl").decode().splitlines()
         return [(m["step"], m["loss"]) for m in map(json.loads, lines)]
+
+    def latest(self) -> dict[str, Any]:
+        """What `latest.json` says."""
+        return json.loads(open_storage(self.root).get("models/tiny/latest.json"))
+
+    def exported(self, version: str = "v1") -> dict[str, int]:
+        """The exported folder's files and sizes, as its manifest has them; each is checked to be there."""
+        storage = open_storage(self.root)
+        prefix = f"models/tiny/{version}"
+        files = json.loads(storage.get(f"{prefix}/manifest.json"))["files"]
+        for file in files:
+            data = storage.get(f"{prefix}/{file['name']}")
+            assert hashlib.sha256(data).hexdigest() == file["sha256"], file["name"]
+        return {f["name"]: f["size"] for f in files}
 
     def unit_objects(self) -> list[Path]:
         """The target objects under a local root."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_ray import targets
 from distill_ray.config import load_recipe
 from distill_ray.errors import UserError
 from distill_ray.preflight import check
@@ -168,7 +169,14 @@ def test_a_damaged_target_file_is_refused_by_training(damage: Callable[[Path], N
     failed = job.start(command="train")
     assert failed.wait(240) not in (0, 2)
     assert victim.stem in failed.stderr
+    assert "Traceback" not in failed.stderr
     assert "student" not in job.published()
+    # The remedy it names.
+    assert "delete the object" in failed.stderr
+    victim.unlink()
+    job.run(command="capture")
+    assert job.published()["targets"]["captured"] == 1
+    assert targets.inspect(job.root + "/runs/tiny/v1", verify=True).problems == ()
 
 
 def test_targets_of_another_teacher_are_refused(captured: Path, tmp_path: Path):

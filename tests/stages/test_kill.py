@@ -53,10 +53,11 @@ def test_a_run_killed_in_every_stage_ends_as_the_calm_one(seed: int, calm: Job, 
     rng = random.Random(seed)
     seconds = {s: calm.published()[f"timings/{s}"]["seconds"] for s in STAGES}
     job = Job(tmp_path, str(tmp_path / "root"))
-    kills = [kill_within(job, stage, rng.uniform(0, seconds[stage])) for stage in PLAN[seed]]
+    # A rerun may be faster than the calm run was: not up to its very end.
+    kills = [kill_within(job, stage, rng.uniform(0, 0.8 * seconds[stage])) for stage in PLAN[seed]]
     print(f"\nseed {seed}: killed (stage, seconds into it, processes) {kills}")
     job.run()
-    assert sum(k is not None for k in kills) >= 4, kills
+    assert sum(k is not None for k in kills) >= 5, kills
     assert_same_outcome(job, calm, relative=1e-5)
     # Packed rows too: the reference engine moves no bit.
     assert job.rows() == calm.rows()
@@ -77,14 +78,16 @@ def test_a_vllm_run_killed_while_it_captures_and_trains_ends_as_the_calm_one(
     calm, job = runs
     calm.run()
     units = len(calm.unit_objects())
+    seconds = {s: calm.published()[f"timings/{s}"]["seconds"] for s in STAGES}
     process = job.start()
     wanted = rng.randrange(1, units // 2)
     while process.poll() is None and len(job.unit_objects()) < wanted:
         time.sleep(0.01)
     kills = [(f"capture, {wanted} of {units} units stored", 0.0, process.kill_all())]
     assert 0 < len(job.unit_objects()) < units, "the kill must fall among the units"
-    kills.append(kill_within(job, "capture", rng.uniform(0, calm.published()["timings/capture"]["seconds"])))
-    kills.append(kill_within(job, "train", rng.uniform(0, calm.published()["timings/train"]["seconds"])))
+    kills.append(kill_within(job, "capture", rng.uniform(0, 0.5 * seconds["capture"])))
+    kills.append(kill_within(job, "train", rng.uniform(0, 0.5 * seconds["train"])))
+    assert None not in kills, kills
     print(f"\n{dtype}: killed (stage, seconds into it, processes) {kills}")
     job.run()
     assert_same_outcome(job, calm, relative=relative)
@@ -111,5 +114,8 @@ def assert_same_outcome(job: Job, calm: Job, *, relative: float) -> None:
     assert [s for s, _ in job.losses()] == [s for s, _ in calm.losses()]
     assert [v for _, v in job.losses()] == pytest.approx([v for _, v in calm.losses()], rel=relative)
     assert job.report()["after"]["kl_t1"] == pytest.approx(calm.report()["after"]["kl_t1"], rel=relative)
+    latest, calm_latest = ([r.exported(), r.latest()["version"]] for r in (job, calm))
+    assert latest[1] == calm_latest[1] == "v1"
+    assert latest[0].keys() == calm_latest[0].keys()
     # A doubled or half-written object would stand beside those of the calm run.
     assert [p.name for p in job.unit_objects()] == [p.name for p in calm.unit_objects()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -78,15 +80,40 @@ def test_on_a_real_s3_server_with_zero_3(tmp_path: Path, s3_uri: str):
     assert not (tmp_path / "somewhere").exists()
 
 
-@pytest.mark.parametrize("stage", ["capture", "train"])
-def test_ctrl_c_stops_cleanly_and_says_how_to_resume(stage: str, tmp_path: Path):
+def test_bounds_and_licence_changed_afterwards_are_judged_anew_and_nothing_is_computed(done: Job):
+    def computed() -> dict[str, int]:
+        folders = ("targets", "runs/tiny/v1/student", "runs/tiny/v1/checkpoints")
+        return {str(p): p.stat().st_mtime_ns for f in folders for p in Path(done.root, f).rglob("*") if p.is_file()}
+
+    before, figures = computed(), done.report()["after"]
+    edits = {"[export]": "[evaluate]\nrequire = { kl_t1 = 1e-6 }\n[export]", '"apache-2.0"': '"mit"'}
+    stricter = Job(done.folder, done.root, edits=edits).run(code=3)
+    assert "after.kl_t1" in stricter.stderr
+    assert done.report()["gate"]["kl_t1"]["passed"] is False
+    card = Path(done.root, "models/tiny/v1/README.md").read_text()
+    assert 'license: "mit"' in card
+    assert str(done.folder) not in card
+    # As a driver leaves it that is killed between the export and the decision on latest.
+    Path(done.root, "models/tiny/latest.json").unlink()
+    record = Path(done.root, "runs/tiny/v1/lease.json")
+    fields = json.loads(record.read_text())
+    del fields["published"]["latest"]
+    record.write_text(json.dumps(fields))
+    Job(done.folder, done.root).run()
+    assert done.latest()["version"] == "v1"
+    assert done.report()["after"] == figures
+    assert computed() == before
+
+
+@pytest.mark.parametrize(("stage", "number"), [("capture", signal.SIGTERM), ("train", signal.SIGINT)])
+def test_a_signal_stops_cleanly_and_says_how_to_resume(stage: str, number: int, tmp_path: Path):
     job = Job(tmp_path, str(tmp_path / "root"), epochs=40 if stage == "train" else 1)
     process = job.start()
     assert process.wait_for(f'"stage": "{stage}", "event": "start"')
     time.sleep(2)
-    process.signal(signal.SIGINT)
+    process.signal(number)
     assert process.wait(90) == 130, process.stderr
-    assert "resume with:\n  distill-ray run" in process.stderr
+    assert re.search(r"resume with:\n  .*run .*--version v1\n", process.stderr), process.stderr
     assert "Traceback" not in process.stderr
     time.sleep(1)
     assert process.members() == [], "processes left behind"

@@ -69,13 +69,53 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
         ({"train": {"global_batch_tokens": 5000}}, "not a multiple of pack_tokens=4096; use 4096"),
         ({"train": {"workers": {"min": 3, "max": 2}}}, "min=3 is greater than max=2"),
         ({"student": {"teacher_layers": [1]}}, "state exactly one of model, teacher_layers, config"),
+        ({"train": {"workers": {"min": 1, "max": 8}}}, "train.workers: min=1 and max=8 differ"),
+        ({"train": {"workers": {"max": 8}}}, "use { min = 8, max = 8 }"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
+        ({"capture": {"top_k": "16"}}, "capture.top_k: Input should be a valid integer (got '16')"),
+        ({"capture": {"top_k": 16.0}}, "capture.top_k: Input should be a valid integer (got 16.0)"),
+        ({"capture": {"top_k": True}}, "capture.top_k: Input should be a valid integer (got True)"),
+        ({"capture": {"temperatures": ["1.0"]}}, "capture.temperatures.0: Input should be a valid number"),
+        ({"teacher": {"use_gpu": "false"}}, "teacher.use_gpu: Input should be a valid boolean (got 'false')"),
+        ({"teacher": {"use_gpu": 1}}, "teacher.use_gpu: Input should be a valid boolean"),
+        ({"train": {"use_gpu": "yes"}}, "train.use_gpu: Input should be a valid boolean (got 'yes')"),
+        ({"train": {"seed": True}}, "train.seed: Input should be a valid integer (got True)"),
+        ({"train": {"learning_rate": "1e-3"}}, "train.learning_rate: Input should be a valid number"),
+        ({"train": {"zero_stage": True}}, "train.zero_stage: Input should be a valid integer"),
+        ({"train": {"zero_stage": 4}}, "train.zero_stage: Input should be less than or equal to 3"),
+        ({"train": {"workers": {"max": "2"}}}, "train.workers.max: Input should be a valid integer"),
+        ({"student": {"teacher_layers": ["0"]}}, "student.teacher_layers.0: Input should be a valid integer"),
+        ({"corpus": {"sources": "a.jsonl"}}, "corpus.sources: Input should be a valid tuple"),
+        ({"corpus": {"sources": [1]}}, "corpus.sources.0: Input should be a valid string"),
+        ({"corpus": {"text_column": 5}}, "corpus.text_column: Input should be a valid string"),
+        ({"evaluate": {"require": {"kl_t1": "0.1"}}}, "evaluate.require.kl_t1: Input should be a valid number"),
     ],
 )
 def test_refuses_with_a_message_that_names_the_key(changes: dict[str, Any], expected: str):
     with pytest.raises(UserError, match="problem") as caught:
         parse_recipe(minimal(**changes))
     assert expected in str(caught.value)
+
+
+def test_whole_numbers_are_floats_and_lists_are_tuples():
+    recipe = parse_recipe(
+        minimal(
+            loss={"temperature": 1},
+            train={"learning_rate": 1, "betas": [0, 0.9]},
+            evaluate={"require": {"kl_t1": 1}},
+        )
+    )
+    assert recipe.train.betas == (0.0, 0.9)
+    assert isinstance(recipe.train.learning_rate, float)
+    assert recipe.corpus.sources == ("s3://bucket/data/*.parquet",)
+    layers = {**minimal(), "student": {"teacher_layers": [3, 1]}}
+    assert parse_recipe(layers).student.teacher_layers == (3, 1)
+
+
+@pytest.mark.parametrize("root", [None, "s3://bucket/other"])
+def test_a_section_that_is_no_table(root: str | None):
+    with pytest.raises(UserError, match="storage: Input should be"):
+        parse_recipe({**minimal(), "storage": 5}, root=root)
 
 
 def test_reports_every_problem_at_once():
@@ -107,7 +147,7 @@ def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
     same = [
         {"storage": {"root": "elsewhere"}},
         {"teacher": {"tensor_parallel": 4, "replicas": {"min": 0, "max": 9}}},
-        {"train": {"zero_stage": 3, "workers": {"min": 1, "max": 8}}},
+        {"train": {"zero_stage": 3, "workers": {"min": 8, "max": 8}}},
         {"capture": {"top_k": 64}},
         {"corpus": {"sources": ["other.jsonl"]}},
     ]

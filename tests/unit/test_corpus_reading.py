@@ -16,9 +16,15 @@ from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus import held_out, load_tokenizer, plan_units, read_unit_sequences
 from distill_ray.errors import UserError
 from distill_ray.storage import open_storage
+from distill_ray.storage.local import LocalStorage
 from tests.assets import tiny_tokenizer_folder
 
 TEXTS = [f"Paragraph {i}: the import statement «ünïcode» " + "and so on " * (i % 7) for i in range(30)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,7 @@ def test_bad_documents_become_dead_letters_and_the_rest_is_kept(tmp_path, tokeni
         b'{"text": "\\ud800 alone"}': "lone surrogate",
         b'{"text": "x"}': "1 token(s): nothing to predict",
         b"[" * 200_000: "bad JSON",
+        b'{"text": "x", "id": ' + b"9" * 5000 + b"}": "bad JSON: Exceeds the limit",
     }
     (tmp_path / "a.jsonl").write_bytes(good + b"".join(line + b"\n" + good for line in bad))
     corpus = section(tmp_path / "a.jsonl", unit_bytes=2**20)
@@ -210,6 +217,43 @@ def test_a_source_that_changed_since_planning_is_refused(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match="gone"):
         read_unit_sequences(unit, corpus, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"])
+def test_a_source_replaced_while_it_is_read_is_refused(tmp_path, tokenizer, monkeypatch, name):
+    write_all(tmp_path, [{"text": text} for text in TEXTS])
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    corpus = section(tmp_path / name, unit_bytes=2**20)
+    (unit,) = plan_units(corpus, "tok", None)
+    head = LocalStorage.head
+
+    def replaced_after(self, key):
+        info = head(self, key)
+        monkeypatch.setattr(LocalStorage, "head", head)
+        (tmp_path / "new").write_bytes((tmp_path / name).read_bytes())
+        (tmp_path / "new").rename(tmp_path / name)
+        return info
+
+    monkeypatch.setattr(LocalStorage, "head", replaced_after)
+    with pytest.raises(UserError, match=r"changed since .*run again"):
+        read_unit_sequences(unit, corpus, tokenizer)
+
+
+@pytest.mark.parametrize("line", [b"[" * 200_000, b'{"id": ' + b"9" * 5000 + b"}"])
+def test_a_first_line_that_json_cannot_take_stops_no_planning(tmp_path, tokenizer, line):
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n" + lines([{"text": TEXTS[0]}]))
+    sequences, dead = read(section(tmp_path / "a.jsonl", unit_bytes=2**20), tokenizer)
+    assert (len(sequences), [d.record for d in dead]) == (1, [0])
+
+
+def test_more_tokens_than_one_object_may_hold_are_refused(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": text} for text in TEXTS))
+    corpus = section(tmp_path / "a.jsonl", unit_bytes=2**20)
+    (unit,) = plan_units(corpus, "tok", None)
+    tokens = sum(len(s.tokens) for s in read_unit_sequences(unit, corpus, tokenizer)[0])
+    assert read_unit_sequences(unit, corpus, tokenizer, most_tokens=tokens)[0]
+    with pytest.raises(UserError, match=f"more than {tokens - 1:,} tokens in one unit"):
+        read_unit_sequences(unit, corpus, tokenizer, most_tokens=tokens - 1)
 
 
 def test_a_damaged_parquet_source_is_named(tmp_path, tokenizer):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus import plan_units
 from distill_ray.corpus.containers import read_lines
+from distill_ray.corpus.documents import read_documents
 from distill_ray.corpus.index import index_source
+from distill_ray.corpus.units import check_unit_bytes, most_unit_bytes
 from distill_ray.errors import UserError
 from distill_ray.storage import ObjectInfo, open_storage
 
@@ -36,6 +39,11 @@ def texts(start, count):
 
 def hashes(units):
     return [unit.hash for unit in units]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -164,6 +172,49 @@ def test_parquet_units_are_runs_of_row_groups(tmp_path):
     assert all(u.source.kind == "row_groups" and u.bytes <= 2048 for u in units)
 
 
+def test_a_large_row_group_is_cut_into_runs_of_rows(tmp_path):
+    def planned(groups):
+        path = tmp_path / "t.parquet"
+        schema = pa.schema({"text": pa.string()})
+        with pq.ParquetWriter(path, schema, use_dictionary=False, compression="none") as writer:
+            for group in groups:
+                writer.write_table(pa.table({"text": group}), row_group_size=len(group))
+        units = plan_units(section(path, unit_bytes=2048), "tok", None)
+        return sorted((u.source.kind, u.source.start, u.source.stop, u.bytes) for u in units)
+
+    small, large = texts(0, 4), texts(0, 60)
+    assert planned([small, small, small])[0][0] == "row_groups"
+    found = planned([small, large, small, small])
+    rows = [u for u in found if u[0] == "rows"]
+    assert [u[1] for u in rows] == [4, *(u[2] for u in rows[:-1])]
+    assert rows[-1][2] == 64
+    assert len(rows) > 3
+    assert max(u[3] for u in rows) <= 2048
+    # What lies around it is cut as if the large group were a unit of its own.
+    assert [u[:3] for u in found if u[0] == "row_groups"] == [("row_groups", 0, 1), ("row_groups", 2, 4)]
+
+
+def test_what_would_give_a_huge_target_object_is_refused(tmp_path):
+    corpus = section("none", unit_bytes=2**22, window_tokens=4096)
+    most = most_unit_bytes(corpus, 64)
+    assert 2 * 2**22 <= most < 2**24  # the defaults pass, row groups of twice unit_bytes too
+    check_unit_bytes(corpus, 64)
+    with pytest.raises(UserError, match=r"capture\.top_k=512.*use at most"):
+        check_unit_bytes(corpus, 512)
+    # A context repeated almost whole in each window is stored each time.
+    with pytest.raises(UserError, match="use at most"):
+        check_unit_bytes(section("none", unit_bytes=2**22, window_tokens=4096, window_overlap=4000), 64)
+
+    (tmp_path / "a.txt").write_bytes(b"one " * (most // 4))
+    plan_units(section(tmp_path / "a.txt", window_tokens=4096), "tok", None, top_k=64)
+    (tmp_path / "a.txt").write_bytes(b"one " * (most // 4 + 1))
+    with pytest.raises(UserError, match=r"a\.txt.*split the file, or write JSONL"):
+        plan_units(section(tmp_path / "a.txt", window_tokens=4096), "tok", None, top_k=64)
+    jsonl(tmp_path / "a.jsonl", ["x", "one " * (most // 4 + 1)])
+    with pytest.raises(UserError, match=r"a\.jsonl.*split its longest document"):
+        plan_units(section(tmp_path / "a.jsonl", window_tokens=4096), "tok", None, top_k=64)
+
+
 def test_text_files_are_one_unit_each(tmp_path):
     (tmp_path / "a.txt").write_text("one " * 2000)
     (tmp_path / "b.txt").write_text("two")
@@ -199,6 +250,30 @@ def test_wrong_kinds_of_files_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(UserError, match="not a whole Parquet file"):
         plan_units(section(tmp_path / "a.parquet"), "tok", None)
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"several columns \['text'\]"):
+        plan_units(section(tmp_path / "a.parquet"), "tok", None)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_damage_to_a_parquet_file_is_a_clear_message(tmp_path, seed):
+    path, random = tmp_path / "a.parquet", Random(seed)
+    pq.write_table(pa.table({"text": texts(0, 200)}), path, row_group_size=50)
+    whole, corpus = path.read_bytes(), section(path, unit_bytes=random.choice((2**12, 2**20)))
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(random.choice((1, 3, 20))):
+            data[random.randrange(random.choice((4, footer)), len(data) - 8)] = random.randrange(256)
+        path.write_bytes(data)
+        try:
+            for unit in plan_units(corpus, "tok", None):
+                list(read_documents(unit, corpus))
+        except UserError:  # anything else fails the test
+            refused += 1
+    assert refused > 10
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(folder, tmp_path_factory):

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,8 +42,21 @@ def pytest_in(folder: Path, node: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture(scope="module")
+def passes_unplanted(copy: Path) -> Callable[[str], None]:
+    """Asserts, once a node, that it passes in the copy as it is: a plant that a broken test sees proves nothing."""
+
+    @cache
+    def run(node: str) -> None:
+        done = pytest_in(copy, node)
+        assert done.returncode == 0, f"{node} does not pass without a plant\n{done.stdout[-3000:]}{done.stderr}"
+
+    return run
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_the_planted_trap_is_seen(mutant: Mutant, copy: Path):
+def test_the_planted_trap_is_seen(mutant: Mutant, copy: Path, passes_unplanted: Callable[[str], None]):
+    passes_unplanted(mutant.test)
     path = copy / mutant.file
     original = path.read_text()
     assert original.count(mutant.old) == 1, f"{mutant.file} holds the text {original.count(mutant.old)} times"

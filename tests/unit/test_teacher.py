@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from distill_ray import teacher
+from distill_ray.capture import capture_identity
+from distill_ray.config import parse_recipe
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import CannotCaptureError, IntegrityError, UserError
 from distill_ray.schema import TargetRows
+from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher.engine import finite_or_reason, refusal
 from distill_ray.teacher.flat import log_tail, rows_from_flat
 from distill_ray.teacher.transformers_engine import TransformersEngine, rows_from_logits
@@ -185,21 +190,45 @@ def test_reference_engine_end_to_end() -> None:
     engine.close()
 
 
-def test_soft_cap_is_honoured(tmp_path: Path) -> None:
+def _gemma2(folder: Path, **caps: float | None) -> Path:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=1, **caps,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)
     with torch.no_grad():
-        model.get_input_embeddings().weight.normal_(std=2.0)
-    model.save_pretrained(tmp_path)
-    engine = TransformersEngine(_section(), CaptureSection(top_k=4), 32, tmp_path, 64)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=2.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_soft_cap_is_honoured(tmp_path: Path) -> None:
+    folder = _gemma2(tmp_path, final_logit_softcapping=2.0)
+    engine = TransformersEngine(_section(), CaptureSection(top_k=4), 32, folder, 64)
     dense = engine.dense_logprobs(np.arange(10, dtype=np.int32))
     assert np.ptp(dense, axis=1).max() <= 4.0 + 1e-4  # logits within ±2
+
+
+def test_soft_cap_inside_attention_is_honoured(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = _gemma2(tmp_path, attn_logit_softcapping=0.5, final_logit_softcapping=None)
+    tokens = np.random.default_rng(0).integers(0, 64, 24).astype(np.int32)
+    engine = TransformersEngine(_section(), CaptureSection(top_k=4), 32, folder, 64)
+    expected = {}
+    for kind in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kind)
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0, :-1]
+        expected[kind] = logits.log_softmax(-1).numpy()
+    # The cap must matter on this model, or the comparison would show nothing.
+    assert np.abs(expected["eager"] - expected["sdpa"]).max() > 1.0
+    np.testing.assert_allclose(engine.dense_logprobs(tokens), expected["eager"], atol=1e-4)
 
 
 def test_open_engine_refuses_what_cannot_be_given(tmp_path: Path) -> None:
@@ -246,8 +275,96 @@ def test_weights_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     changed = teacher.weights_identity(_section(), folder)
     assert changed["sha256"] != first["sha256"]
     assert changed["config"] == first["config"]
-    named = teacher.weights_identity(_section(revision="3f1c"), folder)
-    assert named == {"config": first["config"], "revision": "3f1c"}
+
+
+def test_a_revision_does_not_stand_for_the_content(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    def identity(folder: Path, revision: str = "v1") -> dict[str, str]:
+        return teacher.weights_identity(_section(revision=revision), folder)
+
+    base, copy = tmp_path / "base", tmp_path / "copy"
+    base.mkdir()
+    (base / "config.json").write_text('{"vocab_size": 9}')
+    with pytest.raises(UserError, match="no weight files"):
+        identity(base)
+    values = np.arange(400_000, dtype=np.float32)
+    save_file({"w": values}, base / "model.safetensors")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model.safetensors"}}')
+    (base / "modeling.py").write_text("SCALE = 1")
+    first = identity(base)
+    assert identity(base, "v2") != first
+    shutil.copytree(base, copy)
+    os.utime(copy / "model.safetensors", ns=(1, 1))
+    assert identity(copy) == first  # neither path nor time counts
+
+    changes = {
+        "another model of the same shape": lambda: save_file({"w": values + 1}, copy / "model.safetensors"),
+        "other names": lambda: save_file({"v": values}, copy / "model.safetensors"),
+        "another size": lambda: save_file({"w": values[1:]}, copy / "model.safetensors"),
+        "one more file": lambda: save_file({"x": values}, copy / "more.safetensors"),
+        "the index": lambda: (copy / "model.safetensors.index.json").write_text("{}"),
+        "the code": lambda: (copy / "modeling.py").write_text("SCALE = 2"),
+        "the config": lambda: (copy / "config.json").write_text('{"vocab_size": 9, "cap": 1}'),
+    }
+    for name, change in changes.items():
+        change()
+        assert identity(copy) != first, name
+        shutil.rmtree(copy)
+        shutil.copytree(base, copy)
+
+
+def test_a_weights_cache_that_cannot_be_kept_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert teacher.weights_identity(_section(), tiny_teacher_folder())["sha256"]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"text_config": {"torch_dtype": "float32"}}, "float32"),
+        ({"dtype": None, "torch_dtype": "torch.bfloat16"}, "bfloat16"),
+    ],
+)
+def test_auto_is_the_dtype_that_the_config_states(config: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert teacher.resolve_dtype(_section(dtype="auto"), tmp_path).dtype == expected
+    assert teacher.resolve_dtype(_section(dtype="float16"), tmp_path).dtype == "float16"
+
+
+@pytest.mark.parametrize("config", [{}, {"dtype": "float8_e4m3fn"}])
+def test_auto_without_a_stated_dtype_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"set teacher\.dtype to one of float32"):
+        teacher.resolve_dtype(_section(dtype="auto"), tmp_path)
+
+
+def test_engine_and_capture_identity_hold_the_resolved_dtype(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher_folder(), folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    engine = teacher.open_engine(_section(model=str(folder), dtype="auto"), CaptureSection(top_k=4), 32)
+    assert isinstance(engine, TransformersEngine)
+    assert engine._model.dtype == torch.bfloat16
+
+    def identity(dtype: str) -> CaptureIdentity:
+        sections = {
+            "storage": {"root": str(tmp_path)},
+            "corpus": {"sources": ["x"]},
+            "student": {"teacher_layers": [0]},
+            "teacher": {"model": str(folder), "dtype": dtype},
+        }
+        return capture_identity(parse_recipe({"name": "t", **sections}))
+
+    assert identity("auto").teacher["dtype"] == "bfloat16"
+    assert identity("auto").fingerprint == identity("bfloat16").fingerprint != identity("float32").fingerprint
 
 
 def test_cores_of_the_ranks() -> None:
