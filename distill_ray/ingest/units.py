@@ -39,14 +39,24 @@ class UnitCache:
         units: the units of the plan, whose sizes the bound counts.
         max_bytes: bound on the objects held; one unit is always kept, however large.
         max_units: bound on their number.
+        say: called once, with a sentence, when a unit has to be fetched again.
     """
 
-    def __init__(self, fetch: Fetch, units: Iterable[PlanUnit], max_bytes: int, max_units: int | None = None) -> None:
+    def __init__(
+        self,
+        fetch: Fetch,
+        units: Iterable[PlanUnit],
+        max_bytes: int,
+        max_units: int | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._fetch = fetch
         self._units = {u.hash: u for u in units}
         self._max_bytes, self._max_units = max_bytes, max_units or len(self._units)
         self._held: OrderedDict[str, OpenUnit] = OrderedDict()
         self._bytes = 0
+        self._seen: set[str] = set()
+        self._say = say
         self.fetched = 0
         """Fetches so far; more than the number of units means that the bound is too small for the shuffled order."""
 
@@ -62,6 +72,13 @@ class UnitCache:
         self._held[unit] = self._fetch(self._units[unit])
         self._bytes += size
         self.fetched += 1
+        if unit in self._seen and self.fetched == len(self._seen) + 1:
+            self._say(
+                f"target objects are fetched repeatedly: this worker may hold {self._max_units} of {len(self._units)} "
+                f"and {self._max_bytes / 2**30:.1f} of {sum(u.bytes for u in self._units.values()) / 2**30:.1f} GiB; "
+                "give its node more local disk (TMPDIR) or a higher limit of open files"
+            )
+        self._seen.add(unit)
         return self._held[unit]
 
 
@@ -112,6 +129,8 @@ def open_cache(
     memory_bytes: int = 2 * 2**30,
     disk_bytes: int | None = None,
     folder: Path | None = None,
+    sharers: int = 1,
+    say: Callable[[str], None] = lambda text: None,
 ) -> UnitCache:
     """A cache in memory where all units fit there, else on local disk.
 
@@ -122,16 +141,27 @@ def open_cache(
         identity: of the capture.
         units: of the plan.
         memory_bytes: most memory for whole units.
-        disk_bytes: most local disk; None takes half of what is free.
+        disk_bytes: most local disk; None takes this process's part of half of what is free.
         folder: where on the local disk; None takes the system's folder for temporary files.
+        sharers: processes of this node that each open such a cache.
+        say: called once, with a sentence, when the bound makes units be fetched repeatedly.
     """
     if _COPIES * sum(u.bytes for u in units) <= memory_bytes:
-        return UnitCache(lambda u: _read_whole(storage, identity, u), units, memory_bytes)
+        return UnitCache(lambda u: _read_whole(storage, identity, u), units, memory_bytes, say=say)
     place = folder or Path(tempfile.gettempdir())
-    bound = shutil.disk_usage(place).free // 2 if disk_bytes is None else disk_bytes
+    bound = shutil.disk_usage(place).free // 2 // sharers if disk_bytes is None else disk_bytes
     # Each unit on disk holds a file descriptor; half of them are left to everything else.
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-    return UnitCache(lambda u: spool_unit(storage, identity, u, place), units, bound, descriptors)
+    descriptors = _allow_open_files() // 2
+    return UnitCache(lambda u: spool_unit(storage, identity, u, place), units, bound, descriptors, say)
+
+
+def _allow_open_files() -> int:
+    """Raise this process's limit of open files (often 1,024) to the most it may have, and return that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return soft if soft != resource.RLIM_INFINITY else 2**20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def _read_whole(storage: Storage, identity: CaptureIdentity, unit: PlanUnit) -> OpenUnit:

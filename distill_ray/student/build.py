@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +12,24 @@ from distill_ray.config import Recipe
 from distill_ray.errors import UserError
 from distill_ray.model_config import attention_implementation
 from distill_ray.storage import stage_folder
+from distill_ray.student.dropout import remove_dropout
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def build_initial(recipe: Recipe, teacher_folder: Path) -> tuple[PreTrainedModel, PretrainedConfig]:
+def build_initial(
+    recipe: Recipe, teacher_folder: Path, say: Callable[[str], None] = lambda text: None
+) -> tuple[PreTrainedModel, PretrainedConfig]:
     """The student's causal language model with its first weights, on the CPU; the same on every rank.
 
-    Weights are float32 or bfloat16 by `train.precision`. Adapters are not added here (`add_lora`).
+    Weights are float32 or bfloat16 by `train.precision`. Adapters are not added here (`add_lora`). Dropout is off.
 
     Args:
         recipe: says where the student comes from (`[student]`), its precision and the seed of random weights.
         teacher_folder: local Hugging Face folder of the teacher.
+        say: called with a sentence when the configuration asks for dropout.
 
     Returns:
         The model and its text configuration.
@@ -47,6 +52,9 @@ def build_initial(recipe: Recipe, teacher_folder: Path) -> tuple[PreTrainedModel
         model = _random(stage_folder(section.config), dtype, recipe.train.seed, trust)
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder, trust_remote_code=trust)
     _check_rows(model, len(tokenizer))
+    dropped = remove_dropout(model)
+    if dropped:
+        say(f"dropout is off ({', '.join(dropped)} in the student's configuration): the targets are deterministic")
     return model, model.config.get_text_config()
 
 

@@ -106,6 +106,7 @@ class DistillModule(nn.Module):
         _check_head(model, head, spec)
         self.body = model.base_model
         self.head = HeadLoss(head.weight, head.bias, spec)
+        _check_packing(self, model)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sums over the supervised rows of this batch, float64 [7] in the order of `LossSums.metrics()`."""
@@ -113,13 +114,13 @@ class DistillModule(nn.Module):
 
     def hidden_rows(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [N, D] of the supervised rows: what the head is applied to."""
-        hidden_BTD = self.body(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=self._masks(batch.document_ids),
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BTD = self._hidden(batch.input_ids, batch.position_ids, batch.document_ids)
         return hidden_BTD.flatten(0, 1)[batch.rows]
+
+    def _hidden(self, ids_BT: Tensor, position_BT: Tensor, document_BT: Tensor) -> Tensor:
+        return self.body(
+            input_ids=ids_BT, position_ids=position_BT, attention_mask=self._masks(document_BT), use_cache=False
+        ).last_hidden_state
 
     def hub_name(self, name: str) -> str:
         """The Hugging Face model's name of one of this module's weights."""
@@ -180,4 +181,53 @@ def _check_head(model: PreTrainedModel, head: nn.Linear, spec: LossSpec) -> None
         raise UserError(
             f"{type(model).__name__}: logits from its hidden states and head differ from its own by {gap:.3g}; it does "
             "something to its logits that distill_ray does not know, and cannot be a student"
+        )
+
+
+_DOCUMENT = 5
+"""Tokens of each probe document: more than a short convolution spans."""
+
+
+def _check_packing(module: DistillModule, model: PreTrainedModel) -> None:
+    """Refuse a model in which a document of a pack sees the one before it.
+
+    A mask and positions separate documents for attention alone: the state of a convolution, a state-space layer or a
+    linear attention runs on through the pack. Two documents are packed; the second one's hidden states may depend on
+    the first one's embeddings by a gradient of exactly 0, whatever the number type, and must be those of the document
+    run alone but for rounding.
+
+    Raises:
+        UserError: names the model and by how much it leaks.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids_2T = torch.arange(3, 3 + 2 * _DOCUMENT, device=device).view(2, _DOCUMENT) % module.head.spec.vocab_size
+    position_2T = torch.arange(_DOCUMENT, device=device).expand(2, _DOCUMENT)
+    document_2T = torch.tensor([[0], [1]], device=device).expand(2, _DOCUMENT)
+    seen: list[Tensor] = []
+
+    def watch(_module: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
+        seen.append(embedded.detach().requires_grad_())
+        return seen[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(watch)
+    with torch.enable_grad():
+        packed_TD = module._hidden(ids_2T.view(1, -1), position_2T.reshape(1, -1), document_2T.reshape(1, -1))[0]
+        # Weights that differ by column: a normalised state has the same plain sum whatever is in it.
+        weight_D = torch.linspace(-1, 1, packed_TD.shape[1], device=device, dtype=packed_TD.dtype)
+        (grad,) = torch.autograd.grad((packed_TD[_DOCUMENT:] @ weight_D).sum(), seen[0])
+    handle.remove()
+    with torch.no_grad():
+        alone_TD = model.base_model(input_ids=ids_2T[1:], use_cache=False).last_hidden_state[0].float()
+    model.train(was_training)
+    gap_T = (packed_TD[_DOCUMENT:].detach().float() - alone_TD).norm(dim=1) / alone_TD.norm(dim=1)
+    leak = float(grad[0, :_DOCUMENT].abs().max())
+    # The median: in bfloat16 a mixture of experts may route single tokens otherwise.
+    if leak != 0 or not float(gap_T.median()) <= 0.05:
+        raise UserError(
+            f"{type(model).__name__}: packed behind another document, a document's hidden states change by "
+            f"{float(gap_T.median()):.2g} of their size (gradient {leak:.2g} across the border, 0 is right); models "
+            "with convolutions, state-space layers or linear attention cannot be packed and cannot be students here; "
+            "choose a student with attention in every layer"
         )

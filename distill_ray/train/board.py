@@ -23,6 +23,15 @@ class Board:
         self._error: Exception | None = None
         self._final = False
         self._started = False
+        self._placed = False
+
+    def enter(self) -> None:
+        """A worker has been placed on the cluster and runs."""
+        self._placed = True
+
+    def placed(self) -> bool:
+        """Whether any worker of any group has run yet."""
+        return self._placed
 
     def start(self, step: int) -> None:
         """The workers are ready and go on from `step`."""

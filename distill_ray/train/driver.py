@@ -9,16 +9,20 @@ import uuid
 from typing import Any
 
 from distill_ray.config import Recipe
-from distill_ray.errors import DistillError, StoppedError
+from distill_ray.errors import DistillError, StoppedError, UserError
 from distill_ray.lease import LeaseToken
 from distill_ray.storage import Storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
 from distill_ray.train.board import Board, News, start_board
+from distill_ray.train.placement import describe, worker_resources
 from distill_ray.train.result import published_student
 from distill_ray.train.worker import Job, make_plan, work
 
 _SHOWN = ("loss", "kl_t1", "lr")
+_SAY_WAITING_S = 10.0
+_GROUP_STARTS = 60
+"""Attempts of Ray Train to place a worker group again after a node was lost; each waits 60 s by its default."""
 
 
 def run(
@@ -30,6 +34,7 @@ def run(
     progress: type[Progress] = Progress,
     *,
     stop_grace_s: float = 300.0,
+    placement_wait_s: float = 900.0,
     board_class: type[Board] = Board,
 ) -> dict[str, Any]:
     """Train the student and publish it; goes on from the newest whole checkpoint. Ray is already connected.
@@ -43,6 +48,7 @@ def run(
         progress: makes the progress display.
         board_class: what driver and workers talk through; tests give one that stops or kills at a chosen step.
         stop_grace_s: seconds that workers get to finish their step and save, after `stop`.
+        placement_wait_s: seconds that the cluster gets to come up with room for the first worker.
 
     Returns:
         The lease record's entry "student" {key, sha256, step, plan, history {key, sha256, steps}}; at once if it is
@@ -51,7 +57,7 @@ def run(
     Raises:
         StoppedError: `stop` was set; the run goes on from its last checkpoint.
         LeaseLostError: another driver took the run over.
-        UserError: the recipe does not fit the targets, the hardware or the checkpoint.
+        UserError: the recipe does not fit the targets, the hardware or the checkpoint; the cluster has no room.
         DistillError: the worker group failed more than `train.max_failures` times.
     """
     found = published_student(storage, token.run_prefix)
@@ -61,7 +67,8 @@ def run(
     board = start_board(board_class)
     fit = _Fit(Job(recipe, storage, manifest, token, board))
     with progress("train", steps, "steps") as shown:
-        _watch(fit, board, shown, stop, stop_grace_s)
+        wait = _Wait(recipe, board, shown, placement_wait_s)
+        _watch(fit, board, shown, stop, stop_grace_s, wait)
     return _outcome(recipe, storage, token, board, fit, stop)
 
 
@@ -90,7 +97,6 @@ def _trainer(job: Job, folder: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     train = job.recipe.train
-    resources = {"CPU": 1.0, "GPU": 1.0} if train.use_gpu else {"CPU": 1.0}
     # Ray Train keeps only its own notes here; checkpoints go to storage by our manifests. A fresh name each time: the
     # notes of a killed driver must not speak to this one.
     name = f"{job.recipe.name}-{job.recipe.version}-e{job.token.epoch}-{uuid.uuid4().hex[:8]}"
@@ -98,16 +104,45 @@ def _trainer(job: Job, folder: str) -> Any:
         work,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=train.workers.max, use_gpu=train.use_gpu, resources_per_worker=resources
+            num_workers=train.workers.max, use_gpu=train.use_gpu, resources_per_worker=worker_resources(train)
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         run_config=RunConfig(
-            name=name, storage_path=folder, failure_config=FailureConfig(max_failures=train.max_failures)
+            name=name,
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=_GROUP_STARTS),
         ),
     )
 
 
-def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_s: float) -> None:
+class _Wait:
+    """Patience with a cluster that has no room for the workers: Ray Train by itself would try for ever, silently."""
+
+    def __init__(self, recipe: Recipe, board: Any, shown: Progress, limit_s: float) -> None:
+        self._train, self._board, self._shown, self._limit_s = recipe.train, board, shown, limit_s
+        self._begun = time.monotonic()
+        self._said = self._over = False
+
+    def check(self) -> None:
+        """Raises UserError once the limit has passed without any worker placed."""
+        import ray
+
+        waited = time.monotonic() - self._begun
+        if self._over or waited < min(_SAY_WAITING_S, self._limit_s):
+            return
+        if ray.get(self._board.placed.remote()):
+            self._over = True
+        elif waited > self._limit_s:
+            raise UserError(
+                f"no room for the training workers after {waited:.0f} s: {describe(self._train)}; lower "
+                "train.workers.max, add nodes, or end what else runs on the cluster; the same command goes on from here"
+            )
+        elif not self._said:
+            self._said = True
+            self._shown.note(f"waiting for resources: {describe(self._train)}")
+
+
+def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_s: float, wait: _Wait) -> None:
     """Relay news until the trainer is done, or until workers asked to stop have had their time."""
     import ray
 
@@ -116,6 +151,7 @@ def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_
         fit.thread.join(0.2)
         position = _relay(ray.get(board.drain.remote()), shown, position)
         if not stop.is_set():
+            wait.check()
             continue
         started = ray.get(board.ask_stop.remote())
         asked_at = asked_at or time.monotonic()
@@ -142,6 +178,7 @@ def _outcome(
     recipe: Recipe, storage: Storage, token: LeaseToken, board: Any, fit: _Fit, stop: threading.Event
 ) -> dict[str, Any]:
     import ray
+    from ray.train import ControllerError
 
     error, final = ray.get(board.error.remote())
     if error is not None and final:
@@ -153,6 +190,11 @@ def _outcome(
         raise StoppedError("training was stopped; the same command goes on from the last checkpoint")
     if error is not None:
         raise error
+    if isinstance(fit.error, ControllerError):
+        raise DistillError(
+            f"the worker group could not be started again: {describe(recipe.train)}; run the same command when there "
+            f"is room, it goes on from the last checkpoint ({fit.error.controller_failure})"
+        ) from fit.error
     raise DistillError(
         f"training failed {recipe.train.max_failures + 1} time(s) (train.max_failures={recipe.train.max_failures}): "
         f"{fit.error}"

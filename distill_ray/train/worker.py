@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from distill_ray import checkpoints
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, UserError
-from distill_ray.ingest import BatchPlan, PackLoader, build_plan, rank_micro_batches
+from distill_ray.ingest import BatchPlan, PackLoader, build_plan, open_cache, rank_micro_batches
 from distill_ray.lease import LeaseToken
 from distill_ray.storage import Storage, StorageError, stage_folder
 from distill_ray.targets import RunManifest
@@ -61,6 +61,7 @@ def work(config: dict[str, Job]) -> None:
     import ray
 
     job = config["job"]
+    ray.get(job.board.enter.remote())
     if ray.get(job.board.final_error.remote()):
         return
     try:
@@ -81,10 +82,11 @@ class _Run:
         context = ray_train.get_context()
         self.job, self.recipe, self.storage, self.token = job, job.recipe, job.storage, job.token
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.here = context.get_local_world_size()
         if not self.recipe.train.use_gpu:
             # The same number in every run on this machine: it decides the order of sums.
             cpus = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
+            torch.set_num_threads(max(1, cpus // self.here))
         self.plan = make_plan(self.recipe, job.manifest)
         self.digest = self.plan.digest
         self.history: list[dict[str, float]] = []
@@ -128,7 +130,7 @@ class _Run:
         )
 
         recipe, train = self.recipe, self.recipe.train
-        model, config = build_initial(recipe, teacher_folder)
+        model, config = build_initial(recipe, teacher_folder, say=self._say)
         identity = self.job.manifest.identity
         self.student_ids = shared_vocabulary(model, identity.vocab_size, identity.top_k)
         module = DistillModule(model, loss_spec(config, self.student_ids, recipe.loss))
@@ -141,10 +143,12 @@ class _Run:
         return StudentEngine.start(module, train, micro_steps=len(full)), model
 
     def _batches(self, start: int) -> PackLoader:
+        identity = self.job.manifest.identity
         return PackLoader(
             self.storage,
-            self.job.manifest.identity,
+            identity,
             self.plan,
+            cache=open_cache(self.storage, identity, self.plan.units, sharers=self.here, say=self._say),
             temperature=self.recipe.loss.temperature,
             student_ids=self.student_ids,
             rank=self.rank,
@@ -225,6 +229,11 @@ class _Run:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def _say(self, text: str) -> None:
+        """One sentence for the user, from rank 0 alone; every rank may call it."""
+        if self.rank == 0:
+            self.job.board.note.remote(text)
 
     def _store_history(self) -> None:
         store_history(self.storage, self.token, self.history)

@@ -21,6 +21,7 @@ from distill_ray.session import ray_session
 from distill_ray.storage import Storage, open_storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
+from distill_ray.train import driver
 from distill_ray.train.board import Board
 from distill_ray.train.worker import make_plan
 from tests.assets import TINY_VOCAB, tiny_teacher_folder
@@ -44,11 +45,12 @@ class Run:
         stop: threading.Event | None = None,
         progress: type[Progress] = Progress,
         board: type[Board] = Board,
+        placement_wait_s: float = 900.0,
     ) -> dict[str, Any]:
         stop = stop or threading.Event()
         with Lease.acquire(self.storage, self.recipe.run_prefix) as lease:
             job = (self.recipe, self.storage, self.manifest, lease.token, stop, progress)
-            return train.run(*job, board_class=board)
+            return train.run(*job, board_class=board, placement_wait_s=placement_wait_s)
 
     def history(self) -> list[dict[str, float]]:
         data = self.storage.get(f"{self.recipe.run_prefix}/metrics.jsonl")
@@ -180,14 +182,42 @@ def test_other_world_size_is_refused_with_numbers(root: Path) -> None:
     alone = new_run(root, "worlds", train={"workers": {"min": 1, "max": 1}})
     with pytest.raises(UserError, match="saved by 2 workers at ZeRO stage 2"):
         alone.train()
+    other = new_run(root, "worlds", train={"seed": 1})
+    with pytest.raises(UserError, match=r"batches of plan .* now give plan .* start a new --version"):
+        other.train()
 
 
 def test_killed_worker_restarts_from_the_checkpoint_and_ends_at_the_same_loss(
     root: Path, reference: list[float]
 ) -> None:
     run = new_run(root, "crash")
-    run.train(board=KillAfter5)
+    entry = run.train(board=KillAfter5)
     assert run.losses() == pytest.approx(reference, rel=1e-5)
+    _a_group_started_after_publication_leaves_everything_as_it_is(run, entry)
+
+
+def _a_group_started_after_publication_leaves_everything_as_it_is(run: Run, entry: dict[str, Any]) -> None:
+    before = {info.key: info.version for info in run.storage.list(run.recipe.run_prefix) if "lease" not in info.key}
+    seen = listener()
+    found = [None, entry]  # the driver is made to start a group, as Ray Train does when a worker dies at the very end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "published_student", lambda *_: found.pop(0))
+        assert run.train(progress=seen) == entry
+    after = {info.key: info.version for info in run.storage.list(run.recipe.run_prefix) if "lease" not in info.key}
+    assert after == before
+    assert found == []
+
+
+def test_a_cluster_without_room_for_the_workers_is_said_and_ends_the_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_SAY_WAITING_S", 0.5)
+    run = new_run(root, "no-room", train={"workers": {"min": 9, "max": 9}})
+    seen = listener()
+    with pytest.raises(UserError, match=r"after \d+ s: train\.workers\.max=9 needs 9 CPU; the cluster has 4 CPU \("):
+        run.train(progress=seen, placement_wait_s=3.0)
+    assert seen.notes[0].startswith("waiting for resources: train.workers.max=9 needs 9 CPU; the cluster has 4 CPU")
+    assert len(seen.notes) == 1
 
 
 def test_lora_trains_adapters_only_and_merges(root: Path) -> None:
@@ -207,6 +237,38 @@ def test_lora_trains_adapters_only_and_merges(root: Path) -> None:
     assert changed == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"}
     update = trained["model.layers.0.mlp.up_proj.weight"] - teacher["model.layers.1.mlp.up_proj.weight"]
     assert torch.linalg.matrix_rank(update, atol=1e-5) <= 2
+
+
+LORA = {"teacher_layers": [1], "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "up_proj"]}}
+BF16, RECOMPUTED = {"precision": "bf16"}, {"gradient_checkpointing": True}
+MODES = [
+    pytest.param({"train": {"zero_stage": 3, **BF16, **RECOMPUTED}, "student": LORA}, None, id="all"),
+    pytest.param({"train": BF16}, 0.05, id="bf16", marks=pytest.mark.slow),
+    pytest.param({"train": RECOMPUTED}, 1e-5, id="recomputed", marks=pytest.mark.slow),
+    pytest.param({"train": {"zero_stage": 3}, "student": LORA}, None, id="lora-zero3", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("sections", "rel"), MODES)
+def test_bf16_recomputation_and_adapters_learn_and_resume_bit_equal(
+    root: Path,
+    reference: list[float],
+    sections: dict[str, dict[str, object]],
+    rel: float | None,
+    request: pytest.FixtureRequest,
+) -> None:
+    whole, cut = (new_run(root, f"{name}-{request.node.callspec.id}", **sections) for name in ("whole", "cut"))
+    whole.train()
+    stop_after_5(cut)
+    assert len(cut.history()) == 5
+    cut.train()
+    assert cut.losses() == whole.losses()
+    weights = [(run.student_folder(root) / "model.safetensors").read_bytes() for run in (whole, cut)]
+    assert weights[0] == weights[1]
+    kl = [line["kl_t1"] for line in whole.history()]
+    assert kl[-1] < 0.9 * kl[0]
+    if rel is not None:
+        assert whole.losses() == pytest.approx(reference, rel=rel)
 
 
 def test_a_student_equal_to_its_teacher_has_kl_below_1e_3_at_every_position(root: Path) -> None:

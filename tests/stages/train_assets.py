@@ -1,4 +1,4 @@
-"""Hand-made targets of the tiny teacher, and the plain float32 loop that training must agree with."""
+"""Captured targets of the tiny teacher, and the plain float32 loop that training must agree with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_ray import targets
-from distill_ray.codec import CODEC_VERSION
+from distill_ray import capture, targets, teacher
 from distill_ray.config import Recipe, parse_recipe
 from distill_ray.ingest import BatchPlan, SeqRef
 from distill_ray.lease import Lease
@@ -55,16 +54,16 @@ def tiny_recipe(root: Path | str, version: str = "v1", **sections: dict[str, obj
 
 
 def make_targets(storage: Storage, recipe: Recipe, *, sequences: int = 36) -> targets.RunManifest:
-    """Capture ragged random sequences with the dense float32 teacher and write the run's manifest."""
+    """Capture ragged random sequences with the recipe's own engine and write the run's manifest."""
     rng = np.random.default_rng(7)
-    identity = targets.CaptureIdentity(
-        {"weights": "tiny"}, "tokenizer", TINY_VOCAB, TOP_K, (1.0, TEMPERATURE), CODEC_VERSION
-    )
+    identity = capture.capture_identity(recipe)
+    engine = teacher.open_engine(recipe.teacher, recipe.capture, recipe.corpus.window_tokens)
     units, summaries = [], {}
     for u in range(2):
         unit = Unit(f"{u:032x}", SourceSlice("file.jsonl", "0" * 64, "file", 0, 1), 1)
         made = [_sequence(rng, doc=100 * u + i) for i in range(sequences // 2)]
-        rows = [dense_rows(recipe.teacher.model, s.tokens) for s in made]
+        rows = [r for r in engine.score([s.tokens for s in made]) if isinstance(r, TargetRows)]
+        assert len(rows) == len(made)
         data, summary = targets.encode_unit(identity, unit, made, rows, [], 0.0)
         storage.put(targets.unit_key(identity, unit.hash), data)
         units.append(unit)
@@ -79,37 +78,6 @@ def _sequence(rng: np.random.Generator, doc: int) -> Sequence:
     mask = rng.random(n) < rng.choice([0.2, 0.6, 1.0])  # ragged: per-micro-batch means would differ
     mask[0], mask[-1] = False, True
     return Sequence(rng.integers(3, TINY_VOCAB, n).astype(np.int32), mask, doc)
-
-
-_models: dict[str, torch.nn.Module] = {}
-
-
-def dense_rows(folder: str, tokens: np.ndarray) -> TargetRows:
-    """The teacher's exact rows, float32."""
-    from transformers import AutoModelForCausalLM
-
-    if folder not in _models:
-        _models[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        z = _models[folder](torch.from_numpy(tokens.astype(np.int64))[None]).logits[0, :-1, :TINY_VOCAB].double()
-    logp = z.log_softmax(-1)
-    top, ids = logp.topk(TOP_K)
-    at_T = (z / TEMPERATURE).log_softmax(-1)
-    actual = logp.gather(1, torch.from_numpy(tokens[1:].astype(np.int64))[:, None])
-    rank = 1 + (logp > actual).sum(1)
-
-    def tail(of: Tensor) -> np.ndarray:
-        return of.scatter(1, ids, -math.inf).logsumexp(1).float().numpy()
-
-    return TargetRows(
-        ids.int().numpy(),
-        top.float().numpy(),
-        tail(logp),
-        actual[:, 0].float().numpy(),
-        rank.int().numpy(),
-        None,
-        {TEMPERATURE: tail(at_T)},
-    )
 
 
 @dataclass

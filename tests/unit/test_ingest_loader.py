@@ -1,5 +1,7 @@
 """From stored target objects to micro-batches: exact rows, any world size, resume, errors, cache."""
 
+import resource
+import shutil
 import threading
 from dataclasses import replace
 
@@ -187,6 +189,38 @@ def test_a_bound_drops_the_units_used_least_recently(corpus):
     assert cache.fetched == 3
     cache.get(b)
     assert cache.fetched == 4
+
+
+def test_fetching_units_repeatedly_is_said_once(corpus):
+    plan = corpus.plan()
+    size = max(u.bytes for u in plan.units)
+    said: list[str] = []
+    cache = open_cache(corpus.storage, IDENTITY, plan.units, memory_bytes=0, disk_bytes=2 * size, say=said.append)
+    a, b, c = (u.hash for u in plan.units)
+    for unit in (a, b, c):
+        cache.get(unit)
+    assert said == []
+    for unit in (a, b, c):
+        cache.get(unit)
+    assert len(said) == 1
+    assert "of 3" in said[0]
+
+
+def test_processes_of_a_node_share_its_disk_and_may_open_all_the_files_they_are_allowed(corpus, monkeypatch):
+    units = corpus.plan().units
+    size = max(u.bytes for u in units)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 4 * size))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        for sharers, held in ((1, 2), (2, 1)):
+            cache = open_cache(corpus.storage, IDENTITY, units, memory_bytes=0, sharers=sharers)
+            for unit in (units[0], units[1], units[0]):
+                cache.get(unit.hash)
+            assert cache.fetched == (2 if held == 2 else 3)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("memory", [2**30, 0])

@@ -103,6 +103,50 @@ def test_a_head_that_does_something_unknown_is_refused():
         student.DistillModule(model, SPEC)
 
 
+LEAKING = [
+    ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+    (
+        "FalconH1Config",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "extra"), LEAKING)
+def test_a_model_whose_state_crosses_documents_is_refused(kind: str, extra: dict[str, object], dtype: torch.dtype):
+    model = tiny_model(tiny_config(kind, **extra)).to(dtype)
+    with pytest.raises(UserError, match=r"packed behind another document.*choose a student with attention"):
+        student.DistillModule(model, student.loss_spec(model.config, VOCAB, LossSection()))
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "MixtralConfig"])
+def test_attention_alone_is_not_taken_for_a_leak_in_bfloat16(kind: str):
+    model = tiny_model(tiny_config(kind)).to(torch.bfloat16)
+    assert student.DistillModule(model, SPEC)
+
+
+DROPOUTS = [
+    ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, "attn_pdrop=0.1, embd_pdrop=0.1"),
+    ("LlamaConfig", {"attention_dropout": 0.25}, "attention_dropout=0.25"),
+    ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.5}, "dropout=0.1, layerdrop=0.5"),
+]
+
+
+@pytest.mark.parametrize(("kind", "extra", "said"), DROPOUTS)
+def test_a_configuration_with_dropout_trains_without_it(tmp_path: Path, kind: str, extra: dict[str, object], said: str):
+    tiny_config(kind, **extra, vocab_size=512).save_pretrained(tmp_path)
+    recipe = tiny_recipe(tmp_path, student={"config": str(tmp_path)})
+    notes: list[str] = []
+    model, config = student.build_initial(recipe, tiny_teacher_folder(), notes.append)
+    module = student.DistillModule(model, student.loss_spec(config, 512, LossSection())).train()
+    rng = np.random.default_rng(0)
+    batch = pack(rng, documents(rng, 3), 30, 1.0)
+    assert float(module(batch)[0].detach()) == float(module(batch)[0].detach())
+    assert len(notes) == 1
+    assert said in notes[0]
+
+
 def test_adapters_merge_to_what_peft_computes():
     model = tiny_model(tiny_config())
     section = LoraSection(rank=2, alpha=3.0, targets=("q_proj", "down_proj"))

@@ -44,7 +44,7 @@ def test_a_student_is_done_only_with_its_files_and_its_history(storage: Storage,
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
     with Lease.acquire(storage, RUN) as lease:
-        entry: dict[str, Any] = store_folder(storage, f"{RUN}/student/e0001", folder, {})
+        entry: dict[str, Any] = store_folder(storage, lease.token, f"{RUN}/student/e0001", folder, {})
         entry["history"] = store_history(storage, lease.token, _steps(3))
         publish(storage, lease.token, "student", entry)
         if damage == "weights":

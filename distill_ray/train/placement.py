@@ -1,0 +1,21 @@
+"""What the training workers need of the cluster, and what it has."""
+
+from __future__ import annotations
+
+from distill_ray.config.sections import TrainSection
+
+
+def worker_resources(train: TrainSection) -> dict[str, float]:
+    """Ray resources of one training worker."""
+    return {"CPU": 1.0, "GPU": 1.0} if train.use_gpu else {"CPU": 1.0}
+
+
+def describe(train: TrainSection) -> str:
+    """Needed, free and present resources in one clause. Ray is connected."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    each = worker_resources(train)
+    needed = " and ".join(f"{train.workers.max * n:g} {name}" for name, n in each.items())
+    has = " and ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in each)
+    return f"train.workers.max={train.workers.max} needs {needed}; the cluster has {has}"
