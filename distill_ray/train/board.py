@@ -22,7 +22,6 @@ class Board:
         self._stop = False
         self._error: Exception | None = None
         self._final = False
-        self._started = False
         self._placed = False
 
     def enter(self) -> None:
@@ -35,7 +34,6 @@ class Board:
 
     def start(self, step: int) -> None:
         """The workers are ready and go on from `step`."""
-        self._started = True
         self._news.steps.append({"start": step})
 
     def post(self, line: dict[str, float]) -> bool:
@@ -56,10 +54,13 @@ class Board:
         """Whether a restarted worker group must give up at once."""
         return self._final
 
-    def ask_stop(self) -> bool:
-        """The driver wants the workers to save and return; answers whether they have started."""
+    def ask_stop(self) -> None:
+        """The driver wants the workers to save and return."""
         self._stop = True
-        return self._started
+
+    def stopping(self) -> bool:
+        """Whether the driver wants them to."""
+        return self._stop
 
     def drain(self) -> News:
         """News since the last call."""

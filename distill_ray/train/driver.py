@@ -21,6 +21,8 @@ from distill_ray.train.worker import Job, make_plan, work
 
 _SHOWN = ("loss", "kl_t1", "lr")
 _SAY_WAITING_S = 10.0
+_UNPLACED_S = 30.0
+"""Seconds that workers which no node has room for yet are waited for after a stop."""
 _GROUP_STARTS = 60
 """Attempts of Ray Train to place a worker group again after a node was lost; each waits 60 s by its default."""
 
@@ -153,9 +155,10 @@ def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_
         if not stop.is_set():
             wait.check()
             continue
-        started = ray.get(board.ask_stop.remote())
+        ray.get(board.ask_stop.remote())
         asked_at = asked_at or time.monotonic()
-        if not started or time.monotonic() - asked_at > grace_s:
+        # Workers that are starting end by themselves: to disconnect while they do crashes the driver.
+        if time.monotonic() - asked_at > (grace_s if ray.get(board.placed.remote()) else _UNPLACED_S):
             return
     _relay(ray.get(board.drain.remote()), shown, position)
 

@@ -97,11 +97,12 @@ class _Run:
         """Restore, train to the end of the plan or to a stop, save or publish."""
         import ray
 
-        teacher_folder = stage_folder(self.recipe.teacher.model)
+        # Its weights are wanted only where the student is cut from them.
+        cut = self.recipe.student.teacher_layers is not None
+        teacher_folder = stage_folder(self.recipe.teacher.model, weights=cut)
         engine, model = self._start(teacher_folder)
         # Not before the engine has given each rank its GPU: a collective would put all of them on the first one.
-        if self._on_rank_0(lambda: published_student(self.storage, self.token.run_prefix)) is not None:
-            # A group restarted after the last publication would train again and write over what is published.
+        if self._on_rank_0(self._nothing_to_do):
             return
         start, self.history = restore_newest(self.job, engine, self.digest)
         if self.rank == 0:
@@ -118,6 +119,15 @@ class _Run:
                 if result.flags and not done:
                     return
         self._finish(engine, model, teacher_folder)
+
+    def _nothing_to_do(self) -> bool:
+        """A group restarted after the last publication would train again and write over what is published."""
+        import ray
+
+        return (
+            ray.get(self.job.board.stopping.remote())
+            or published_student(self.storage, self.token.run_prefix) is not None
+        )
 
     def _start(self, teacher_folder: Path) -> tuple[StudentEngine, PreTrainedModel]:
         from distill_ray.student import (
