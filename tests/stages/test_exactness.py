@@ -9,14 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
+from distill_ray import capture, targets
+from distill_ray.config import Recipe
 from distill_ray.config.sections import CaptureSection, TeacherSection
-from distill_ray.schema import TargetRows
+from distill_ray.ingest import PackLoader
+from distill_ray.lease import Lease
+from distill_ray.losses import head_metrics
+from distill_ray.schema import Sequence, SourceSlice, TargetRows, Unit
+from distill_ray.storage import open_storage
+from distill_ray.student import DistillModule, build_initial, loss_spec
 from distill_ray.teacher import vocabulary_size
 from distill_ray.teacher.transformers_engine import TransformersEngine
-from tests.assets import TINY_VOCAB, prose_topics, smollm2_folder, tiny_llama_folder
+from distill_ray.train.worker import make_plan
+from tests.assets import SMOLLM2_VOCAB, TINY_VOCAB, prose_topics, smollm2_folder, tiny_llama_folder
 from tests.stages.score import Scored, score
+from tests.stages.train_assets import tiny_recipe
 
 K = 64
 LENGTHS = (200, 57, 2, 133, 90, 17)
@@ -78,10 +88,58 @@ def _assert_exact(scored: Scored, reference: list[np.ndarray], sequences: list[n
     assert worst <= 2e-3
 
 
+@pytest.fixture(scope="module")
+def float32_rows(tmp_path_factory: pytest.TempPathFactory, sequences: list[np.ndarray]) -> Scored:
+    """SmolLM2's rows by vLLM in float32."""
+    return score(_section(smollm2_folder()), K, sequences, tmp_path_factory.mktemp("float32"))
+
+
 def test_vllm_float32_is_the_dense_reference(
-    tmp_path: Path, sequences: list[np.ndarray], reference: list[np.ndarray]
+    float32_rows: Scored, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
-    _assert_exact(score(_section(smollm2_folder()), K, sequences, tmp_path), reference, sequences)
+    _assert_exact(float32_rows, reference, sequences)
+
+
+def test_a_student_equal_to_its_vllm_teacher_has_kl_below_1e_3_at_every_position(
+    float32_rows: Scored, sequences: list[np.ndarray], tmp_path: Path
+) -> None:
+    """Capture by vLLM, codec, store, plan, packs, student and loss: nothing on the way may move a token or a row."""
+    folder = smollm2_folder()
+    recipe = tiny_recipe(
+        tmp_path,
+        teacher={"model": str(folder), "engine": "vllm", "dtype": "float32", "use_gpu": False},
+        capture={"top_k": K, "temperatures": [1.0]},
+        corpus={"sources": ["unused.jsonl"], "window_tokens": max(LENGTHS), "holdout": 0.0},
+        student={"model": str(folder)},
+        loss={"temperature": 1.0},
+        train={"pack_tokens": max(LENGTHS), "global_batch_tokens": 3 * max(LENGTHS), "epochs": 1},
+    )
+    storage, manifest = open_storage(str(tmp_path)), store(recipe, sequences, _rows(float32_rows))
+    plan = make_plan(recipe, manifest)
+    model, config = build_initial(recipe, folder)
+    module = DistillModule(model, loss_spec(config, SMOLLM2_VOCAB, recipe.loss))
+    worst, rows = 0.0, 0
+    with PackLoader(storage, manifest.identity, plan) as batches, torch.no_grad():
+        for batch in batches:
+            hidden_ND = module.hidden_rows(batch)
+            figures = head_metrics(hidden_ND, module.head.weight, None, batch.targets, vocab_size=SMOLLM2_VOCAB)
+            worst, rows = max(worst, float(figures.kl_N.max())), rows + len(figures.kl_N)
+    print(f"{rows} positions, largest KL {worst:.2e}")
+    assert rows == sum(len(s) - 1 for s in sequences)
+    assert worst < 1e-3
+
+
+def store(recipe: Recipe, sequences: list[np.ndarray], rows: list[TargetRows]) -> targets.RunManifest:
+    """One unit of fully supervised sequences, and the run's manifest over it."""
+    storage = open_storage(recipe.storage.root)
+    identity = capture.capture_identity(recipe)
+    unit = Unit("0" * 32, SourceSlice("file.jsonl", "0" * 64, "file", 0, 1), 1)
+    made = [Sequence(s, np.arange(len(s)) > 0, doc_key=i) for i, s in enumerate(sequences)]
+    data, summary = targets.encode_unit(identity, unit, made, rows, [], 0.0)
+    storage.put(targets.unit_key(identity, unit.hash), data)
+    with Lease.acquire(storage, recipe.run_prefix) as lease:
+        entry = targets.write_run_manifest(storage, lease.token, identity, [unit], {unit.hash: summary})
+    return targets.read_run_manifest(storage, entry)
 
 
 def _bucket_kl(dense: np.ndarray, rows: TargetRows) -> np.ndarray:
