@@ -20,7 +20,7 @@ from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_published, read_whole_folder
 from distill_ray.report import failures, read_report
 from distill_ray.schema import ARTEFACT_OF
-from distill_ray.session import ray_session
+from distill_ray.session import private_cpus, ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
 from distill_ray.telemetry import Progress
 
@@ -71,7 +71,8 @@ def run(
     _same_run(recipe, storage, identity)
     wanted = STAGES[: STAGES.index(until) + 1]
     if not is_done(recipe, until):
-        with Lease.acquire(storage, recipe.run_prefix) as lease, ray_session(address):
+        session = ray_session(address, num_cpus=private_cpus(recipe))
+        with Lease.acquire(storage, recipe.run_prefix) as lease, session:
             _same_run(recipe, storage, identity)  # another driver may have begun the run since
             publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
             for stage in wanted:
