@@ -7,6 +7,7 @@ imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,45 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is a JSON {type(config).__name__}, not an object; copy the model folder again")
     return config
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a causal language model decides how it can be split and what it can be asked."""
+
+    layers: int
+    heads: int
+    vocab_size: int
+    context: int | None
+    """Most tokens of a sequence; None where the config states none."""
+
+
+def model_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
+    """Shape of the (text) model of a Hugging Face folder, whatever names its family uses (`n_head`, `n_layer`, …).
+
+    Raises:
+        UserError: no usable `config.json`, a model type that transformers does not know, or no shape in it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        text = config.get_text_config()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"transformers cannot use {folder}/config.json: {reason}; name a causal language model"
+        ) from None
+    sizes: dict[str, Any] = {
+        name: getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads", "vocab_size")
+    }
+    wrong = [f"{name} = {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
+    if wrong:
+        raise UserError(f"{folder}/config.json states {', '.join(wrong)}; name the folder of a causal language model")
+    context = getattr(text, "max_position_embeddings", None)
+    return ModelShape(*sizes.values(), context=context if isinstance(context, int) else None)
 
 
 def stated_dtype(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_pu
 from distill_ray.preflight import Finding, check
 from distill_ray.report import failures, read_report
 from distill_ray.schema import ARTEFACT_OF
-from distill_ray.session import ray_session
+from distill_ray.session import private_cpus, ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
 from distill_ray.telemetry import Progress, say
 
@@ -74,7 +74,8 @@ def run(
             on_finding(finding)
         identity = run_identity(recipe)
         _same_run(recipe, storage, identity)
-        with Lease.acquire(storage, recipe.run_prefix) as lease, ray_session(address):
+        session = ray_session(address, num_cpus=private_cpus(recipe))
+        with Lease.acquire(storage, recipe.run_prefix) as lease, session:
             _same_run(recipe, storage, identity)  # another driver may have begun the run since
             publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
             for stage in STAGES[: STAGES.index(until) + 1]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from distill_ray import corpus
 from distill_ray.config import Recipe
 from distill_ray.errors import UserError
+from distill_ray.model_config import ModelShape, model_shape
 from distill_ray.report import check_require
+from distill_ray.session import cluster_address, private_cpus, ray_session
 from distill_ray.storage import check_access, glob_sources, stage_folder
+from distill_ray.teacher import resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
 
     Args:
         recipe: a parsed recipe; its own rules already hold.
-        address: of a running Ray cluster whose GPUs are counted; None counts this machine's.
+        address: of a running Ray cluster whose GPUs and CPUs are counted; None takes RAY_ADDRESS, else this machine.
 
     Raises:
         UserError: the first thing that is wrong, with its numbers and the remedy.
@@ -42,9 +44,11 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
     total = sum(info.size for info in sources.values())
     if not total:
         raise UserError(f"the corpus is empty: {len(sources)} source(s), 0 bytes; add text to corpus.sources")
-    findings.append(Finding("corpus", f"{len(sources)} source(s), {total:,} bytes"))
+    corpus.check_unit_bytes(recipe.corpus, recipe.capture.top_k)
+    opened = corpus.probe_sources(recipe.corpus, sources)
+    findings.append(Finding("corpus", f"{len(sources)} source(s), {total:,} bytes; {len(opened)} looked into"))
     findings += _models(recipe)
-    findings.append(_gpus(recipe, address))
+    findings.append(_hardware(recipe, address))
     return findings
 
 
@@ -74,45 +78,30 @@ def _installed(recipe: Recipe) -> Finding:
     return Finding("packages", ", ".join(sorted(needed)))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a Hugging Face folder.
-
-    Raises:
-        UserError: there is none, or it is not JSON.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json; give a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    return {**config, **config.get("text_config", {})}
-
-
 def _models(recipe: Recipe) -> list[Finding]:
     teacher_folder = stage_folder(recipe.teacher.model)
-    config = read_config(teacher_folder)
-    _teacher_shape(recipe, config)
+    shape = model_shape(teacher_folder, recipe.teacher.trust_remote_code)
+    _teacher_shape(recipe, shape)
+    dtype = resolve_dtype(recipe.teacher, teacher_folder).dtype
     tokenizer = corpus.load_tokenizer(teacher_folder, recipe.teacher.trust_remote_code)
     if recipe.corpus.format == "messages" and not tokenizer.chat_template:
         raise UserError(
             f'corpus.format = "messages", but the tokenizer of {recipe.teacher.model} has no chat template; '
             "use prompt_completion or an instruct teacher"
         )
-    if len(tokenizer) > config["vocab_size"]:
+    if len(tokenizer) > shape.vocab_size:
         raise UserError(
-            f"the teacher's tokenizer has {len(tokenizer):,} entries, its embedding {config['vocab_size']:,} rows; "
+            f"the teacher's tokenizer has {len(tokenizer):,} entries, its embedding {shape.vocab_size:,} rows; "
             "they do not belong together"
         )
     return [
-        Finding("teacher", f"{config['num_hidden_layers']} layers, vocabulary {config['vocab_size']:,}"),
-        _student(recipe, config, tokenizer),
+        Finding("teacher", f"{shape.layers} layers, vocabulary {shape.vocab_size:,}, {dtype}"),
+        _student(recipe, shape, tokenizer),
     ]
 
 
-def _teacher_shape(recipe: Recipe, config: dict[str, Any]) -> None:
-    teacher, heads, layers = recipe.teacher, config["num_attention_heads"], config["num_hidden_layers"]
+def _teacher_shape(recipe: Recipe, shape: ModelShape) -> None:
+    teacher, heads, layers = recipe.teacher, shape.heads, shape.layers
     if heads % teacher.tensor_parallel:
         divisors = [d for d in range(1, heads + 1) if heads % d == 0]
         raise UserError(
@@ -121,11 +110,11 @@ def _teacher_shape(recipe: Recipe, config: dict[str, Any]) -> None:
         )
     if teacher.pipeline_parallel > layers:
         raise UserError(f"teacher.pipeline_parallel={teacher.pipeline_parallel} exceeds the teacher's {layers} layers")
-    if recipe.capture.top_k > config["vocab_size"]:
+    if recipe.capture.top_k > shape.vocab_size:
         raise UserError(
-            f"capture.top_k={recipe.capture.top_k} exceeds the vocabulary of {config['vocab_size']:,}; lower top_k"
+            f"capture.top_k={recipe.capture.top_k} exceeds the vocabulary of {shape.vocab_size:,}; lower top_k"
         )
-    longest = config.get("max_position_embeddings")
+    longest = shape.context
     if longest and recipe.corpus.window_tokens >= longest:
         raise UserError(
             f"corpus.window_tokens={recipe.corpus.window_tokens}: the teacher's context is {longest} tokens and one is "
@@ -133,10 +122,10 @@ def _teacher_shape(recipe: Recipe, config: dict[str, Any]) -> None:
         )
 
 
-def _student(recipe: Recipe, teacher_config: dict[str, Any], tokenizer: Any) -> Finding:
+def _student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
     student = recipe.student
     if student.teacher_layers is not None:
-        layers = teacher_config["num_hidden_layers"]
+        layers = teacher.layers
         wrong = [i for i in student.teacher_layers if not 0 <= i < layers]
         if wrong or len(set(student.teacher_layers)) != len(student.teacher_layers) or not student.teacher_layers:
             raise UserError(
@@ -147,23 +136,25 @@ def _student(recipe: Recipe, teacher_config: dict[str, Any], tokenizer: Any) -> 
     origin = student.model or student.config
     assert origin is not None  # the recipe's own rule
     folder = stage_folder(origin)
-    config = read_config(folder)
-    if config["vocab_size"] < len(tokenizer):
+    shape = model_shape(folder, recipe.teacher.trust_remote_code)
+    if shape.vocab_size < len(tokenizer):
         raise UserError(
-            f"the student {origin} has a vocabulary of {config['vocab_size']:,} rows, the teacher's tokenizer "
+            f"the student {origin} has a vocabulary of {shape.vocab_size:,} rows, the teacher's tokenizer "
             f"{len(tokenizer):,} entries; a student needs the teacher's tokenizer: choose one of the same family"
         )
     if student.model is not None:
         corpus.same_tokenizer(tokenizer, corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code))
-    return Finding("student", f"{config['num_hidden_layers']} layers, vocabulary {config['vocab_size']:,}")
+    return Finding("student", f"{shape.layers} layers, vocabulary {shape.vocab_size:,}")
 
 
-def _gpus(recipe: Recipe, address: str | None) -> Finding:
+def _hardware(recipe: Recipe, address: str | None) -> Finding:
     need = recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel if recipe.teacher.use_gpu else 0
     train = recipe.train.workers.max if recipe.train.use_gpu else 0
-    if not need and not train:
-        return Finding("hardware", "CPU only, as the recipe says")
-    have = _cluster_gpus(address) if address else _local_gpus()
+    where = cluster_address(address)
+    if where is None and not need and not train:
+        return Finding("hardware", f"CPU only, as the recipe says; {os.cpu_count()} CPU(s) here")
+    nodes = _cluster_nodes(where) if where else [(private_cpus(recipe), _local_gpus())]
+    have = [gpus for _, gpus in nodes if gpus]
     if max(have, default=0) < need:
         raise UserError(
             f"one teacher replica needs {need} GPU(s) on one node (tensor_parallel={recipe.teacher.tensor_parallel} × "
@@ -175,20 +166,25 @@ def _gpus(recipe: Recipe, address: str | None) -> Finding:
             f"train.workers.max={train} needs as many GPUs; {sum(have)} found; lower it, give --address of a cluster, "
             "or set train.use_gpu = false"
         )
-    return Finding("hardware", f"{sum(have)} GPU(s) on {len(have)} node(s)")
+    cpus = sum(cpus for cpus, _ in nodes)
+    if cpus < recipe.train.workers.max:
+        raise UserError(
+            f"train.workers.max={recipe.train.workers.max} needs as many CPUs, one for each worker; the cluster at "
+            f"{where} has {cpus} on {len(nodes)} node(s); lower it or add nodes"
+        )
+    return Finding("hardware", f"{sum(have)} GPU(s) and {cpus} CPU(s) on {len(nodes)} node(s)")
 
 
-def _local_gpus() -> list[int]:
+def _local_gpus() -> int:
     import torch
 
-    count = torch.cuda.device_count()
-    return [count] if count else []
+    return torch.cuda.device_count()
 
 
-def _cluster_gpus(address: str) -> list[int]:
+def _cluster_nodes(address: str) -> list[tuple[int, int]]:
+    """(CPUs, GPUs) of each live node."""
     import ray
 
-    from distill_ray.session import ray_session
-
     with ray_session(address):
-        return [int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU")]
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found]

@@ -9,10 +9,27 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from distill_ray.config import Recipe
 from distill_ray.errors import UserError
 
 # Workers never ask a model hub or a statistics server for anything.
 _WORKER_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def cluster_address(address: str | None) -> str | None:
+    """Of the running cluster that a command uses: what it was given, else RAY_ADDRESS; None for a private one."""
+    found = address or os.environ.get("RAY_ADDRESS") or "local"
+    return None if found == "local" else found
+
+
+def private_cpus(recipe: Recipe) -> int:
+    """Logical CPUs of a private cluster on which every stage of the recipe can be placed.
+
+    At least 4, since tasks are many and small, and as many as the machine has; each training worker and each teacher
+    without a GPU asks for one or less. More than the machine has only means that they share.
+    """
+    teachers = 0 if recipe.teacher.use_gpu else recipe.teacher.replicas.max
+    return max(4, os.cpu_count() or 1, recipe.train.workers.max + teachers)
 
 
 @contextmanager
@@ -22,15 +39,15 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
     Args:
         address: `local` or None without RAY_ADDRESS starts a private cluster that dies with this process; else a
             running cluster's address (`auto`, `ray://host:10001`).
-        num_cpus: logical CPUs of the private cluster. At least 4, since its tasks are many and small.
+        num_cpus: logical CPUs of the private cluster (`private_cpus`).
 
     Raises:
         UserError: no cluster answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without a mode, Ray 2.60 turns token auth on for a private cluster and leaves a token in the home folder.
-    local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
-    if local:
+    where = cluster_address(address)
+    if where is None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # Ray's own processes print warnings of theirs on our terminal; what matters arrives as an exception.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -49,11 +66,10 @@ def _connect(address: str | None, local: bool, num_cpus: int | None) -> None:
     import ray
 
     env = {"runtime_env": {"env_vars": _WORKER_ENV}, "log_to_driver": False, "logging_level": logging.CRITICAL}
-    if local:
+    if where is None:
         cpus = num_cpus or max(4, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **env)
     else:
-        where = address or os.environ["RAY_ADDRESS"]
         try:
             ray.init(address=where, **env)
         except (ConnectionError, ValueError, TimeoutError) as error:

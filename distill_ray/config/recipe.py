@@ -96,6 +96,8 @@ def _explain(error: ValidationError, origin: str) -> str:
         message = {
             "extra_forbidden": "unknown key; remove it or correct its spelling",
             "missing": "required, but not stated",
+            "model_type": "Input should be a table",
+            "tuple_type": "Input should be a list",
         }.get(e["type"], e["msg"].removeprefix("Value error, "))
         lines.append(f"  {where}: {message}{got}")
     return "\n".join(lines)

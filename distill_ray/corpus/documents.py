@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from distill_ray.corpus.containers import locate, read_lines, stored_pieces
 from distill_ray.corpus.parquet import batches, readable
 from distill_ray.corpus.units import needed_columns
 from distill_ray.errors import UserError
-from distill_ray.schema import Unit
+from distill_ray.schema import SourceSlice, Unit
 from distill_ray.storage import ObjectInfo
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def _raw_lines(unit: Unit, size: int) -> Iterator[dict[str, Any] | RefusedDocume
     lines = read_lines(unit.source.uri, size, unit.source.start, unit.source.stop, unit.source.content)
     if lines and unit.source.start == 0:
         lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+    yield from parse_lines(lines)
+
+
+def parse_lines(lines: list[bytes]) -> Iterator[dict[str, Any] | RefusedDocument]:
+    """The record of each JSONL line, or why there is none."""
     for line in lines:
         try:
             yield _parse_line(line)
@@ -85,10 +90,11 @@ def _row(batch: pa.RecordBatch, row: int, columns: tuple[str, ...]) -> dict[str,
         return RefusedDocument(f"not UTF-8: {error.reason} at offset {error.start}")
 
 
-def _raw_rows(unit: Unit, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | RefusedDocument]:
-    for batch in batches(unit.source, list(columns)):
+def raw_rows(source: SourceSlice, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | RefusedDocument]:
+    """The records of a Parquet slice, these columns alone."""
+    for batch in batches(source, list(columns)):
         for row in range(batch.num_rows):
-            with readable(unit.source.uri, "is damaged"):
+            with readable(source.uri, "is damaged"):
                 found = _row(batch, row, columns)
             yield found
 
@@ -156,6 +162,21 @@ def document_key(form: str, content: Any) -> int:
     return int.from_bytes(hashlib.blake2b(canonical, digest_size=8).digest(), "big")
 
 
+def checked(
+    raw: Iterable[dict[str, Any] | RefusedDocument], section: CorpusSection
+) -> Iterator[Document | tuple[int, RefusedDocument]]:
+    """The document of each record, numbered from 0; a refused one is (number, reason)."""
+    for number, record in enumerate(raw):
+        if isinstance(record, RefusedDocument):
+            yield number, record
+            continue
+        try:
+            content = _content_of(record, section)
+            yield Document(number, document_key(section.format, content), content)
+        except RefusedDocument as reason:
+            yield number, reason
+
+
 def read_documents(unit: Unit, section: CorpusSection) -> Iterator[Document | tuple[int, RefusedDocument]]:
     """The documents of a unit in source order; a refused one is (record number, reason).
 
@@ -167,20 +188,12 @@ def read_documents(unit: Unit, section: CorpusSection) -> Iterator[Document | tu
     """
     info = _current(unit)
     if unit.source.kind in ("row_groups", "rows"):
-        raw = _raw_rows(unit, needed_columns(section))
+        raw = raw_rows(unit.source, needed_columns(section))
     elif unit.source.kind == "file":
         raw = _raw_file(unit, info.size, section.text_column)
     else:
         raw = _raw_lines(unit, info.size)
-    for number, record in enumerate(raw):
-        if isinstance(record, RefusedDocument):
-            yield number, record
-            continue
-        try:
-            content = _content_of(record, section)
-            yield Document(number, document_key(section.format, content), content)
-        except RefusedDocument as reason:
-            yield number, reason
+    yield from checked(raw, section)
     # Pieces of two versions would be stored for ever under the hash of the first.
     if _current(unit).version != info.version:
         raise UserError(f"corpus source {unit.source.uri} changed while it was read; run again when it is whole")

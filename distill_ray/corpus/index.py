@@ -71,7 +71,8 @@ class _LineScanner:
             self.cuts.pop()
 
 
-def _columns_of_line(line: bytes) -> list[str] | None:
+def columns_of_line(line: bytes) -> list[str] | None:
+    """Keys of a JSONL line; None where it is no JSON object."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):  # a dead letter when it is read
@@ -94,7 +95,7 @@ def _read(uri: str, info: ObjectInfo, unit_bytes: int) -> SourceIndex:
             scanner.feed(piece)
     decompressor.finish()
     scanner.finish()
-    columns = _columns_of_line(scanner.first_line)
+    columns = columns_of_line(scanner.first_line)
     return SourceIndex(digest.hexdigest(), scanner.raw_bytes, columns, scanner.cuts, [], [])
 
 

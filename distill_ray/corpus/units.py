@@ -38,7 +38,8 @@ def needed_columns(section: CorpusSection) -> tuple[str, ...]:
     return ("prompt", "completion") if section.format == "prompt_completion" else ("messages",)
 
 
-def _check_columns(section: CorpusSection, uri: str, index: SourceIndex) -> None:
+def check_columns(section: CorpusSection, uri: str, columns: list[str] | None) -> None:
+    """Raises UserError where a source of these columns (None: unknown) cannot be what `corpus.format` says."""
     if container_of(uri) == "txt":
         if section.format != "text":
             raise UserError(
@@ -46,16 +47,16 @@ def _check_columns(section: CorpusSection, uri: str, index: SourceIndex) -> None
                 'use JSONL or Parquet, or format = "text"'
             )
         return
-    if index.columns is None:
+    if columns is None:
         return
-    doubled = [column for column in needed_columns(section) if index.columns.count(column) > 1]
+    doubled = [column for column in needed_columns(section) if columns.count(column) > 1]
     if doubled:
         raise UserError(f"corpus source {uri} has several columns {doubled}; rename or drop all but one of each")
-    missing = [column for column in needed_columns(section) if column not in index.columns]
+    missing = [column for column in needed_columns(section) if column not in columns]
     if missing:
         raise UserError(
             f'corpus source {uri}: corpus.format = "{section.format}" needs {missing}, and the first record has '
-            f"{index.columns}; set corpus.text_column or corpus.format, or rename the columns"
+            f"{columns}; set corpus.text_column or corpus.format, or rename the columns"
         )
 
 
@@ -171,7 +172,7 @@ def plan_units(
         indices = {uri: future.result() for uri, future in pending.items()}
     found: dict[str, Unit] = {}
     for uri, index in sorted(indices.items()):
-        _check_columns(section, uri, index)
+        check_columns(section, uri, index.columns)
         for unit in _units_of(section, tokenizer_id, uri, sources[uri], index):
             if top_k is not None:
                 _check_size(section, top_k, unit)

@@ -116,7 +116,7 @@ def vocabulary_size(folder: Path) -> int:
         UserError: no `config.json`, or it states no vocabulary.
     """
     config = read_config(folder)
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if not isinstance(size, int) or size < 2:
         raise UserError(
             f"{folder}/config.json states no usable vocab_size (got {size!r}); it must be a causal language model"

@@ -40,6 +40,8 @@ def test_a_right_recipe_passes(tmp_path: Path):
             {"use_gpu = false\n[capture]": "use_gpu = false\ntensor_parallel = 3\n[capture]"},
             ["tensor_parallel=3", "4 "],
         ),
+        ({"unit_bytes = 2048": "unit_bytes = 200000000"}, ["corpus.unit_bytes=200000000", "use at most"]),
+        ({"holdout = 0.2": 'holdout = 0.2\nformat = "messages"'}, ["needs ['messages']"]),
         ({"teacher_layers = [0]": "teacher_layers = [0, 7]"}, ["[0, 7]", "0 to 1"]),
         ({"min = 2, max = 2": "min = 3, max = 3"}, ["8 pack(s)", "3 worker(s)"]),
     ],

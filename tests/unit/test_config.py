@@ -85,7 +85,7 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
         ({"train": {"zero_stage": 4}}, "train.zero_stage: Input should be less than or equal to 3"),
         ({"train": {"workers": {"max": "2"}}}, "train.workers.max: Input should be a valid integer"),
         ({"student": {"teacher_layers": ["0"]}}, "student.teacher_layers.0: Input should be a valid integer"),
-        ({"corpus": {"sources": "a.jsonl"}}, "corpus.sources: Input should be a valid tuple"),
+        ({"corpus": {"sources": "a.jsonl"}}, "corpus.sources: Input should be a list"),
         ({"corpus": {"sources": [1]}}, "corpus.sources.0: Input should be a valid string"),
         ({"corpus": {"text_column": 5}}, "corpus.text_column: Input should be a valid string"),
         ({"evaluate": {"require": {"kl_t1": "0.1"}}}, "evaluate.require.kl_t1: Input should be a valid number"),
@@ -114,7 +114,7 @@ def test_whole_numbers_are_floats_and_lists_are_tuples():
 
 @pytest.mark.parametrize("root", [None, "s3://bucket/other"])
 def test_a_section_that_is_no_table(root: str | None):
-    with pytest.raises(UserError, match="storage: Input should be"):
+    with pytest.raises(UserError, match="storage: Input should be a table"):
         parse_recipe({**minimal(), "storage": 5}, root=root)
 
 
