@@ -77,6 +77,17 @@ def check_packed_shape(packed_NB: np.ndarray, k: int, vocab_size: int) -> None:
         )
 
 
+def flat_rows(array_NK: np.ndarray) -> tuple[np.ndarray, int]:
+    """The memory that holds the rows, as one row, and the items from one row to the next; a copy only if it must be."""
+    n, k = array_NK.shape
+    items, rest = divmod(array_NK.strides[0], array_NK.itemsize)
+    aligned = array_NK.flags.aligned and array_NK.dtype.isnative
+    if not aligned or rest or items < k or (k > 1 and array_NK.strides[1] != array_NK.itemsize):
+        return np.ascontiguousarray(array_NK, array_NK.dtype.newbyteorder("=")).reshape(-1), k
+    whole = np.lib.stride_tricks.as_strided(array_NK, ((n - 1) * items + k,), (array_NK.itemsize,), writeable=False)
+    return whole, items
+
+
 def write_head(top_N: np.ndarray, log_tail_N: np.ndarray, out_NB: np.ndarray) -> None:
     """Fill the first two columns. float16 rounds to nearest even; what is above 0 (or −0) becomes 0."""
     head_N2 = np.stack([top_N, np.maximum(log_tail_N, np.float32(LOG_FLOOR))], axis=1)

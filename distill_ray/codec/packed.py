@@ -18,6 +18,7 @@ from distill_ray.codec.format import (
     MAX_GAP,
     check_input,
     check_packed_shape,
+    flat_rows,
     planes_of,
     read_head,
     row_bytes,
@@ -64,8 +65,8 @@ def encode(
         raise ValueError(f"out is {out_NB.dtype} {out_NB.shape}; {n} rows need contiguous uint8 {(n, size)}")
     if n == 0:
         return out_NB
-    ids, id_stride = _flat(ids_NK if ids_NK.dtype in (np.int32, np.int64) else ids_NK.astype(np.int64))
-    logprobs, stride = _flat(logprobs_NK.astype(np.float32, copy=False))
+    ids, id_stride = flat_rows(ids_NK if ids_NK.dtype in (np.int32, np.int64) else ids_NK.astype(np.int64))
+    logprobs, stride = flat_rows(logprobs_NK.astype(np.float32, copy=False))
     tail_N = log_tail_N.astype(np.float32, copy=False)
     kernel = kernels.encode_int32 if ids.dtype == np.int32 else kernels.encode_int64
     sizes = (n, k, vocab_size, planes_of(vocab_size))
@@ -76,17 +77,6 @@ def encode(
         raise AssertionError("the compiled codec refuses rows that the reference accepts")
     write_head(logprobs_NK[:, 0].astype(np.float32, copy=False), tail_N, out_NB)
     return out_NB
-
-
-def _flat(array_NK: np.ndarray) -> tuple[np.ndarray, int]:
-    """The memory that holds the rows, as one row, and the items from one row to the next; a copy only if it must be."""
-    n, k = array_NK.shape
-    items, rest = divmod(array_NK.strides[0], array_NK.itemsize)
-    aligned = array_NK.flags.aligned and array_NK.dtype.isnative
-    if not aligned or rest or items < k or (k > 1 and array_NK.strides[1] != array_NK.itemsize):
-        return np.ascontiguousarray(array_NK, array_NK.dtype.newbyteorder("=")).reshape(-1), k
-    whole = np.lib.stride_tricks.as_strided(array_NK, ((n - 1) * items + k,), (array_NK.itemsize,), writeable=False)
-    return whole, items
 
 
 def decode(packed_NB: np.ndarray, k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -115,7 +105,7 @@ def decode(packed_NB: np.ndarray, k: int, vocab_size: int) -> tuple[np.ndarray, 
         part = slice(start, min(start + step, n))
         rows = part.stop - start
         mass_N = np.empty(rows, np.int64)
-        packed, stride = _flat(packed_NB[part])
+        packed, stride = flat_rows(packed_NB[part])
         kernels.decode_ids(packed, stride, rows, k, planes, HEAD, MASSES, ids_NK[part].reshape(-1), mass_N)
         top_N, log_tail_N[part] = read_head(packed_NB[part], mass_N)
         kernels.decode_logprobs(packed, stride, rows, k, HEAD, GAPS, top_N, logprobs_NK[part].reshape(-1))
