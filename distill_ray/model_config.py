@@ -49,6 +49,8 @@ class ModelShape:
 
     layers: int
     heads: int
+    kv_heads: int
+    """Heads of keys and values; as many as `heads` without grouped queries."""
     vocab_size: int
     context: int | None
     """Most tokens of a sequence; None where the config states none."""
@@ -79,7 +81,14 @@ def model_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
     if wrong:
         raise UserError(f"{folder}/config.json states {', '.join(wrong)}; name the folder of a causal language model")
     context = getattr(text, "max_position_embeddings", None)
-    return ModelShape(*sizes.values(), context=context if isinstance(context, int) else None)
+    kv_heads = getattr(text, "num_key_value_heads", None)
+    return ModelShape(
+        layers=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        kv_heads=kv_heads if isinstance(kv_heads, int) and kv_heads > 0 else sizes["num_attention_heads"],
+        vocab_size=sizes["vocab_size"],
+        context=context if isinstance(context, int) else None,
+    )
 
 
 def stated_dtype(folder: Path) -> str | None:

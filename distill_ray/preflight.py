@@ -13,7 +13,7 @@ from distill_ray.errors import UserError
 from distill_ray.model_config import ModelShape, model_shape
 from distill_ray.report import check_require
 from distill_ray.session import cluster_address, private_cpus, ray_session
-from distill_ray.storage import check_access, glob_sources, stage_folder
+from distill_ray.storage import WEIGHT_FILES, check_access, glob_sources, is_weights, open_storage, stage_folder
 from distill_ray.teacher import resolve_dtype
 
 
@@ -36,6 +36,10 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
         UserError: the first thing that is wrong, with its numbers and the remedy.
     """
     check_require(recipe.evaluate.require)
+    if not recipe.corpus.holdout:
+        raise UserError(
+            "corpus.holdout=0 leaves nothing to evaluate the student on; hold out a share of the documents, say 0.01"
+        )
     findings = [_batches(recipe)]
     findings.append(_installed(recipe))
     check_access(recipe.storage.root)
@@ -79,7 +83,9 @@ def _installed(recipe: Recipe) -> Finding:
 
 
 def _models(recipe: Recipe) -> list[Finding]:
-    teacher_folder = stage_folder(recipe.teacher.model)
+    # Configuration and tokenizer only: 140 GB of weights belong on the teacher's own machines.
+    teacher_folder = stage_folder(recipe.teacher.model, weights=False)
+    _has_weights(recipe.teacher.model)
     shape = model_shape(teacher_folder, recipe.teacher.trust_remote_code)
     _teacher_shape(recipe, shape)
     dtype = resolve_dtype(recipe.teacher, teacher_folder).dtype
@@ -100,13 +106,20 @@ def _models(recipe: Recipe) -> list[Finding]:
     ]
 
 
+def _has_weights(uri: str) -> None:
+    storage = open_storage(uri)
+    if not any(is_weights(info.key) and info.size for info in storage.list("")):
+        raise UserError(f"model folder {uri} holds no weights ({', '.join(WEIGHT_FILES)}); copy the model again")
+
+
 def _teacher_shape(recipe: Recipe, shape: ModelShape) -> None:
     teacher, heads, layers = recipe.teacher, shape.heads, shape.layers
-    if heads % teacher.tensor_parallel:
-        divisors = [d for d in range(1, heads + 1) if heads % d == 0]
+    # Key-value heads are shared out among the ranks, or each is copied to several.
+    splits = [d for d in range(1, heads + 1) if heads % d == 0 and (shape.kv_heads % d == 0 or d % shape.kv_heads == 0)]
+    if teacher.tensor_parallel not in splits:
         raise UserError(
-            f"teacher.tensor_parallel={teacher.tensor_parallel} does not divide the teacher's {heads} attention heads; "
-            f"use one of {divisors}"
+            f"teacher.tensor_parallel={teacher.tensor_parallel} does not divide the teacher's {heads} attention heads "
+            f"({shape.kv_heads} of keys and values); use one of {splits}"
         )
     if teacher.pipeline_parallel > layers:
         raise UserError(f"teacher.pipeline_parallel={teacher.pipeline_parallel} exceeds the teacher's {layers} layers")
@@ -135,7 +148,9 @@ def _student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
         return Finding("student", f"{len(student.teacher_layers)} of the teacher's {layers} layers")
     origin = student.model or student.config
     assert origin is not None  # the recipe's own rule
-    folder = stage_folder(origin)
+    folder = stage_folder(origin, weights=False)
+    if student.model is not None:
+        _has_weights(student.model)
     shape = model_shape(folder, recipe.teacher.trust_remote_code)
     if shape.vocab_size < len(tokenizer):
         raise UserError(

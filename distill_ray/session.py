@@ -53,7 +53,7 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # ray.init() takes SIGTERM for itself, and an eviction would then no longer stop the run cleanly.
     with _own_sigterm():
-        _connect(address, local, num_cpus)
+        _connect(where, num_cpus)
     import ray
 
     try:
@@ -62,7 +62,7 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         ray.shutdown()
 
 
-def _connect(address: str | None, local: bool, num_cpus: int | None) -> None:
+def _connect(where: str | None, num_cpus: int | None) -> None:
     import ray
 
     env = {"runtime_env": {"env_vars": _WORKER_ENV}, "log_to_driver": False, "logging_level": logging.CRITICAL}

@@ -15,7 +15,7 @@ from distill_ray import targets
 from distill_ray.config import load_recipe
 from distill_ray.errors import UserError
 from distill_ray.preflight import check
-from tests.assets import tiny_llama_folder
+from tests.assets import tiny_llama_folder, tiny_teacher_folder
 from tests.stages.jobs import Job
 
 pytestmark = pytest.mark.timeout(300)
@@ -42,6 +42,7 @@ def test_a_right_recipe_passes(tmp_path: Path):
         ),
         ({"unit_bytes = 2048": "unit_bytes = 200000000"}, ["corpus.unit_bytes=200000000", "use at most"]),
         ({"holdout = 0.2": 'holdout = 0.2\nformat = "messages"'}, ["needs ['messages']"]),
+        ({"holdout = 0.2": "holdout = 0"}, ["corpus.holdout=0"]),
         ({"teacher_layers = [0]": "teacher_layers = [0, 7]"}, ["[0, 7]", "0 to 1"]),
         ({"min = 2, max = 2": "min = 3, max = 3"}, ["8 pack(s)", "3 worker(s)"]),
     ],
@@ -73,6 +74,12 @@ def test_a_student_with_another_vocabulary(tmp_path: Path):
     message = refused(job)
     assert "512" in message
     assert "2,048" in message or "2048" in message
+
+
+def test_a_teacher_without_weights(tmp_path: Path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert "holds no weights" in refused(Job(tmp_path, str(tmp_path / "root"), teacher=folder))
 
 
 def test_missing_teacher_folder(tmp_path: Path):
