@@ -15,7 +15,7 @@ from distill_ray.storage import Storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
 from distill_ray.train.board import Board, News, start_board
-from distill_ray.train.placement import describe, worker_resources
+from distill_ray.train.placement import describe, is_waiting, worker_resources
 from distill_ray.train.result import published_student
 from distill_ray.train.worker import Job, make_plan, work
 
@@ -134,6 +134,8 @@ class _Wait:
             return
         if ray.get(self._board.placed.remote()):
             self._over = True
+        elif not is_waiting():
+            return
         elif waited > self._limit_s:
             raise UserError(
                 f"no room for the training workers after {waited:.0f} s: {describe(self._train)}; lower "
