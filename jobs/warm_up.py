@@ -11,9 +11,9 @@ def main() -> None:
     """Build what is built at first use; a second call finds it cached."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     started = time.monotonic()
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from distill_ray.student.operators import load_cpu_operators
 
-    ShareMemCommBuilder().load(verbose=False)
+    load_cpu_operators()
     import peft
     import transformers
     import vllm
