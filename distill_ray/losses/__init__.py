@@ -8,7 +8,7 @@ from distill_ray.losses.head import head_loss, project
 from distill_ray.losses.metrics import ModelRows, RowMetrics, compare_rows, default_chunk, head_metrics
 from distill_ray.losses.objectives import NEED_DRAWS, OBJECTIVES, Objective, TeacherRows, bucket_kl, partition_kl
 from distill_ray.losses.partition import RowIds, Split, split_logits
-from distill_ray.losses.tiles import Tiling
+from distill_ray.losses.tiles import Tiling, default_tiling
 from distill_ray.losses.types import LossSpec, LossSums, SparseTargets
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "bucket_kl",
     "compare_rows",
     "default_chunk",
+    "default_tiling",
     "drawn_targets",
     "head_loss",
     "head_metrics",

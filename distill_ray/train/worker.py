@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -117,7 +118,8 @@ class _Run:
 
         recipe, train = self.recipe, self.recipe.train
         model, config = build_initial(recipe, teacher_folder)
-        module = DistillModule(model, loss_spec(config, self.job.manifest.identity.vocab_size, recipe.loss))
+        spec = partial(loss_spec, config, self.job.manifest.identity.vocab_size, recipe.loss)
+        module = DistillModule(model, spec(), lambda step: spec(step=step, steps=self.plan.steps))
         if recipe.student.lora:
             add_lora(model, recipe.student.lora, train.seed)
         if train.gradient_checkpointing:
@@ -131,7 +133,7 @@ class _Run:
             self.storage,
             self.job.manifest.identity,
             self.plan,
-            temperature=self.recipe.loss.temperature,
+            temperature=lambda step: self.recipe.loss.temperature_at(step, self.plan.steps),
             rank=self.rank,
             world=self.world,
             micro_batch_packs=self.recipe.train.micro_batch_packs,
