@@ -5,6 +5,7 @@ Three products of hidden states, weight and logits' gradient, as many as plain t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distill_ray.losses import triton_pass
 from distill_ray.losses.objectives import NEED_DRAWS, OBJECTIVES, TeacherRows, bucket, drawn
 from distill_ray.losses.partition import RowIds, split
 from distill_ray.losses.passes import HeadInputs, HeadPass, RowSums, accumulate_type
@@ -46,6 +48,9 @@ def project(
 
 
 def _backend(inputs: HeadInputs, tiling: Tiling | None) -> HeadPass:
+    on_cuda = inputs.hidden_ND.is_cuda and inputs.kind == torch.float32
+    if on_cuda and tiling is None and triton_pass.AVAILABLE:
+        return triton_pass.TritonPass(inputs)
     return TorchTiles(inputs, tiling)
 
 
@@ -112,6 +117,35 @@ def _teacher(targets: SparseTargets, temperature: float, ids: RowIds) -> Teacher
     )
 
 
+def run_pass(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets: SparseTargets,
+    spec: LossSpec,
+    needs: tuple[bool, bool, bool],
+    backend: Callable[[HeadInputs], HeadPass],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """(objective, its parts as float64 [6], gradients of hidden states, weight and bias) on one device's pass."""
+    inputs = _inputs(hidden_ND, weight_VD, bias_V, targets, spec, needs)
+    head = backend(inputs)
+    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+    parts = torch.zeros(6, dtype=torch.float64, device=hidden_ND.device)
+    for chunk, rows in enumerate(head.chunks):
+        sums = head.score(chunk)
+        leaves = [sums.logits_NE, *(sums.rest[t] for t in inputs.kept)]
+        with torch.set_grad_enabled(any(needs)):
+            for leaf in leaves:
+                leaf.requires_grad_(any(needs))
+            scored = _objective(sums, inputs.ids.select(rows), targets.select(rows), spec)
+        total += scored.objective.detach()
+        parts += scored.parts
+        if any(needs):
+            dlogits_NE, *drest = torch.autograd.grad(scored.objective, leaves, materialize_grads=True)
+            head.differentiate(chunk, dlogits_NE, dict(zip(inputs.kept, drest, strict=True)))
+    return total.to(inputs.kind), parts, head.gradients()
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -124,25 +158,12 @@ class _HeadLoss(torch.autograd.Function):
         tiling: Tiling | None,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        inputs = _inputs(hidden_ND, weight_VD, bias_V, targets, spec, needs)
-        head = _backend(inputs, tiling)
-        total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-        parts = torch.zeros(6, dtype=torch.float64, device=hidden_ND.device)
-        for chunk, rows in enumerate(head.chunks):
-            sums = head.score(chunk)
-            leaves = [sums.logits_NE, *(sums.rest[t] for t in inputs.kept)]
-            with torch.set_grad_enabled(any(needs)):
-                for leaf in leaves:
-                    leaf.requires_grad_(any(needs))
-                scored = _objective(sums, inputs.ids.select(rows), targets.select(rows), spec)
-            total += scored.objective.detach()
-            parts += scored.parts
-            if any(needs):
-                dlogits_NE, *drest = torch.autograd.grad(scored.objective, leaves, materialize_grads=True)
-                head.differentiate(chunk, dlogits_NE, dict(zip(inputs.kept, drest, strict=True)))
-        ctx.save_for_backward(*head.gradients())
+        total, parts, gradients = run_pass(
+            hidden_ND, weight_VD, bias_V, targets, spec, needs, lambda inputs: _backend(inputs, tiling)
+        )
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(parts)
-        return total.to(inputs.kind), parts
+        return total, parts
 
     @staticmethod
     @once_differentiable
