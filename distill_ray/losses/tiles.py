@@ -12,8 +12,9 @@ from distill_ray.losses.passes import HeadInputs, RowSums
 
 _CHUNK_LOGITS = 2**25
 """Logits of one chunk: 128 MiB in float32. Fewer rows would read and write the weight's gradient more often."""
-_TILE_LOGITS = 2**21
-"""Logits of one tile: 8 MiB in float32, so that element-wise passes find it in the cache."""
+_TILE_LOGITS = 2**20
+"""Logits of one tile: 4 MiB in float32, so that element-wise passes find it in the cache."""
+_MOST_ROWS = 256
 _LOWEST = -1e30
 
 
@@ -26,13 +27,13 @@ class Tiling:
 
 
 def default_tiling(vocab_size: int, buffers: int = 1) -> Tiling:
-    """Chunks of about 128 MiB over all their buffers, in tiles of about 8 MiB.
+    """Chunks of about 128 MiB over all their buffers, in tiles of about 4 MiB.
 
     Args:
         vocab_size: V.
         buffers: [rows, V] numbers kept at once: one for each temperature with a gradient, one more for a soft-cap.
     """
-    rows = min(1024, max(16, _CHUNK_LOGITS // (vocab_size * buffers)))
+    rows = min(_MOST_ROWS, max(16, _CHUNK_LOGITS // (vocab_size * buffers)))
     rows = rows if rows < 32 else rows // 32 * 32
     return Tiling(rows, max(256, _TILE_LOGITS // rows))
 
