@@ -11,12 +11,12 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill_ray.config.kinds import Placement, Section
+from distill_ray.config.loss import LossSection
 from distill_ray.config.sections import (
     CaptureSection,
     CorpusSection,
     EvaluateSection,
     ExportSection,
-    LossSection,
     StorageSection,
     StudentSection,
     TeacherSection,
@@ -59,11 +59,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.loss.temperature not in self.capture.temperatures:
+        for T in self.loss.temperatures:
+            if T not in self.capture.temperatures:
+                raise ValueError(
+                    f"loss.temperature={T} was not captured (capture.temperatures="
+                    f"{list(self.capture.temperatures)}); the tail mass at T cannot be known from the kept tokens: "
+                    f"add {T} to capture.temperatures"
+                )
+        # Goes once capture keeps draws: then it is the capture section that says which there are.
+        if self.loss.needs_draws:
             raise ValueError(
-                f"loss.temperature={self.loss.temperature} was not captured (capture.temperatures="
-                f"{list(self.capture.temperatures)}); the tail mass at T cannot be known from the kept tokens: "
-                f"add {self.loss.temperature} to capture.temperatures"
+                f'loss.objective="{self.loss.objective}" needs tokens drawn in the teacher process, but capture keeps '
+                f"the exact top {self.capture.top_k} only, and drawing from these would be biased: use "
+                'objective = "bucket"'
             )
         if self.capture.extra_temperatures and self.teacher.engine == "vllm":
             raise ValueError(

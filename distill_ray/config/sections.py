@@ -151,15 +151,6 @@ class StudentSection(Section):
         return self
 
 
-class LossSection(Section):
-    objective: Identity[Literal["bucket"]] = "bucket"
-    """KL over the kept tokens plus one bucket for the tail."""
-    temperature: Identity[float] = Field(default=1.0, gt=0)
-    """Distillation temperature; must be one of capture.temperatures."""
-    hard_label_weight: Identity[Fraction] = 0.1
-    """α of (1 − α)·T²·KL + α·CE; 0 to 1."""
-
-
 class TrainSection(Section):
     epochs: Identity[int] = Field(default=1, ge=1)
     """Passes over the training targets."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Self
@@ -37,7 +37,7 @@ class PackLoader:
         storage: where the target objects lie.
         identity: of the capture; its top_k and vocabulary say how rows are read.
         plan: every batch of the run.
-        temperature: distillation temperature; must have been captured.
+        temperature: distillation temperature, or that of each global batch; must have been captured.
         student_ids: ids that the student's softmax runs over, where fewer than the teacher's; a kept id beyond them is
             refused.
         rank: of this worker.
@@ -54,7 +54,7 @@ class PackLoader:
         identity: CaptureIdentity,
         plan: BatchPlan,
         *,
-        temperature: float = 1.0,
+        temperature: float | Callable[[int], float] = 1.0,
         student_ids: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -67,7 +67,7 @@ class PackLoader:
             raise ValueError(f"rank {rank} is outside a world of {world}")
         self._plan = plan
         self._rank, self._world, self._micro_batch_packs = rank, world, micro_batch_packs
-        self._form = TargetFormat(identity.top_k, identity.vocab_size, temperature, student_ids)
+        self._identity, self._temperature, self._student_ids = identity, temperature, student_ids
         self._units = cache or open_cache(storage, identity, plan.units)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="pack-loader")
         self._work = self._micro_batches(start_step)
@@ -84,9 +84,9 @@ class PackLoader:
                 yield step, micro, len(parts), packs
 
     def _load(self, step: int, micro: int, micro_steps: int, packs: list[Pack]) -> PackedBatch:
-        found = collate(
-            packs, lambda ref: self._units.get(ref.unit).sequence(ref.index), self._form, self._plan.pack_tokens
-        )
+        temperature = self._temperature(step) if callable(self._temperature) else self._temperature
+        form = TargetFormat(self._identity.top_k, self._identity.vocab_size, temperature, self._student_ids)
+        found = collate(packs, lambda ref: self._units.get(ref.unit).sequence(ref.index), form, self._plan.pack_tokens)
         supervised = self._plan.supervised(step)
         return replace(found, step=step, micro=micro, micro_steps=micro_steps, supervised=supervised)
 

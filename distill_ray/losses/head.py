@@ -1,7 +1,11 @@
-"""The output head fused with the loss: logits exist for one chunk of rows, gradients come out of the forward."""
+"""The output head fused with the loss: logits exist for one chunk of rows, gradients come out of the forward.
+
+Three products of hidden states, weight and logits' gradient, as many as plain training takes, and none is repeated.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,17 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill_ray.losses.objectives import OBJECTIVES, bucket
-from distill_ray.losses.partition import StudentChunk
+from distill_ray.losses import triton_pass
+from distill_ray.losses.objectives import NEED_DRAWS, OBJECTIVES, TeacherRows, bucket, drawn
+from distill_ray.losses.partition import RowIds, split
+from distill_ray.losses.passes import HeadInputs, HeadPass, RowSums, accumulate_type
+from distill_ray.losses.tiles import Tiling, TorchTiles
 from distill_ray.losses.types import LossSpec, LossSums, SparseTargets
-
-_CHUNK_LOGITS = 2**24
-"""Logits of one chunk: 64 MiB in float32, of which four or five copies live at once."""
-
-
-def default_chunk(vocab_size: int) -> int:
-    """Rows a chunk may have so that its logits take about 64 MiB in float32."""
-    return max(16, _CHUNK_LOGITS // vocab_size)
 
 
 def project(
@@ -38,7 +37,7 @@ def project(
     """
     # Rows past vocab_size are padding of the embedding: they would take probability from real tokens.
     logits_NV = hidden_ND @ weight_VD[:vocab_size].to(hidden_ND.dtype).T
-    logits_NV = logits_NV.to(_accumulate_type(hidden_ND))
+    logits_NV = logits_NV.to(accumulate_type(hidden_ND))
     if bias_V is not None:
         logits_NV = logits_NV + bias_V[:vocab_size].to(logits_NV.dtype)
     if logit_scale != 1.0:
@@ -48,68 +47,103 @@ def project(
     return logits_NV
 
 
-def _accumulate_type(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _backend(inputs: HeadInputs, tiling: Tiling | None) -> HeadPass:
+    on_cuda = inputs.hidden_ND.is_cuda and inputs.kind == torch.float32
+    if on_cuda and tiling is None and triton_pass.AVAILABLE:
+        return triton_pass.TritonPass(inputs)
+    return TorchTiles(inputs, tiling)
 
 
-def _transform_gradient(dlogits_NV: Tensor, logits_NV: Tensor, spec: LossSpec) -> Tensor:
-    """From the gradient in the final logits to that in the raw product of hidden states and weight."""
-    if spec.softcap is not None:
-        dlogits_NV = dlogits_NV * (1 - (logits_NV / spec.softcap) ** 2)
-    return dlogits_NV if spec.logit_scale == 1.0 else dlogits_NV * spec.logit_scale
+def _inputs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets: SparseTargets,
+    spec: LossSpec,
+    needs: tuple[bool, bool, bool],
+) -> HeadInputs:
+    drawn = targets.weights_NK is not None
+    # Parts of weight 0 are left out, not multiplied by 0: their gradient over the vocabulary costs as much.
+    weight_of = {spec.temperature: 1 - spec.hard_label_weight}
+    weight_of[1.0] = weight_of.get(1.0, 0.0) + spec.hard_label_weight
+    return HeadInputs(
+        hidden_ND,
+        weight_VD,
+        bias_V,
+        RowIds.of(targets.ids_NK, targets.labels_N, spec.vocab_size, repeats=drawn),
+        spec.vocab_size,
+        tuple(weight_of),
+        tuple(t for t, w in weight_of.items() if w > 0 and any(needs)),
+        needs,
+        spec.logit_scale,
+        spec.softcap,
+    )
 
 
-@dataclass
-class _Gradients:
-    """Accumulators of one forward pass; None where no gradient is asked for."""
-
-    hidden_ND: Tensor | None
-    weight_VD: Tensor | None
-    bias_V: Tensor | None
-
-    @classmethod
-    def zeros(cls, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: list[bool]) -> _Gradients:
-        # Float32 accumulators: in bf16 a sum over thousands of rows stops growing after a few hundred.
-        kind = _accumulate_type(hidden_ND)
-        return cls(
-            torch.zeros_like(hidden_ND) if needs[0] else None,
-            torch.zeros_like(weight_VD, dtype=kind) if needs[1] else None,
-            torch.zeros_like(bias_V, dtype=kind) if needs[2] and bias_V is not None else None,
-        )
-
-    @property
-    def wanted(self) -> bool:
-        return any(x is not None for x in (self.hidden_ND, self.weight_VD, self.bias_V))
-
-    def add(self, rows: slice, draw_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
-        vocab_size = draw_NV.shape[1]
-        if self.bias_V is not None:
-            self.bias_V[:vocab_size] += draw_NV.sum(0)
-        draw_NV = draw_NV.to(hidden_ND.dtype)
-        if self.hidden_ND is not None:
-            self.hidden_ND[rows] = draw_NV @ weight_VD[:vocab_size].to(draw_NV.dtype)
-        if self.weight_VD is not None and self.weight_VD.dtype == draw_NV.dtype:
-            self.weight_VD[:vocab_size].addmm_(draw_NV.T, hidden_ND[rows])
-        elif self.weight_VD is not None:
-            self.weight_VD[:vocab_size] += draw_NV.T @ hidden_ND[rows]
+@dataclass(frozen=True)
+class _Scored:
+    objective: Tensor
+    """Σ over the chunk, float64, differentiable in the leaves."""
+    parts: Tensor
+    """float64 [6]: kl_t, kl_t1, ce, kept, agree, count."""
 
 
-def _chunk_losses(logits_NV: Tensor, targets: SparseTargets, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """(mixed objective sum, its parts as float64 [6] without the objective: kl_t, kl_t1, ce, kept, agree, count)."""
-    student = StudentChunk(logits_NV, targets.ids_NK, targets.labels_N)
+def _objective(sums: RowSums, ids: RowIds, targets: SparseTargets, spec: LossSpec) -> _Scored:
+    """The mixed objective and its parts, from the few numbers that a row is reduced to."""
     alpha, T = spec.hard_label_weight, spec.temperature
-    kl_t_N = OBJECTIVES[spec.objective](student, targets, T)
-    ce_N = -student.split(1.0).log_q_label_N
-    # Parts of weight 0 are left out, not multiplied by 0: their backward pass over the vocabulary costs as much.
+    student = {t: split(sums.logits_NE, rest_N, ids, t) for t, rest_N in sums.rest.items()}
+    kl_t_N = OBJECTIVES[spec.objective](student[T], _teacher(targets, T, ids), spec)
+    ce_N = -student[1.0].log_q_label_N
     parts = [w * x for w, x in (((1 - alpha) * T * T, kl_t_N), (alpha, ce_N)) if w != 0]
     objective = sum(parts[1:], parts[0]).sum()
     with torch.no_grad():
-        shared = spec.objective == "bucket" and T == 1.0
-        kl_t1_N = kl_t_N if shared else bucket(student, targets, 1.0)
+        comparable = drawn if targets.weights_NK is not None else bucket
+        kl_t1_N = comparable(student[1.0], _teacher(targets, 1.0, ids), spec)
         kept_N = -torch.expm1(targets.log_tail_N.double())
-        agree_N = logits_NV.argmax(1) == targets.ids_NK[:, 0]
+        others_N = torch.maximum(sums.logits_NE[:, 1:].amax(1), sums.top_N)
+        agree_N = sums.logits_NE[:, 0] >= others_N
         rows = (kl_t_N, kl_t1_N, ce_N, kept_N, agree_N, torch.ones_like(kept_N))
-        return objective, torch.stack([x.double().sum() for x in rows])
+        return _Scored(objective, torch.stack([x.double().sum() for x in rows]))
+
+
+def _teacher(targets: SparseTargets, temperature: float, ids: RowIds) -> TeacherRows:
+    log_p_NK, log_tail_N = targets.at(temperature)
+    weights_NK = targets.weights_at(temperature)
+    return TeacherRows(
+        log_p_NK.double(),
+        log_tail_N.double(),
+        None if weights_NK is None else weights_NK.double(),
+        ids.has_tail,
+    )
+
+
+def run_pass(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets: SparseTargets,
+    spec: LossSpec,
+    needs: tuple[bool, bool, bool],
+    backend: Callable[[HeadInputs], HeadPass],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """(objective, its parts as float64 [6], gradients of hidden states, weight and bias) on one device's pass."""
+    inputs = _inputs(hidden_ND, weight_VD, bias_V, targets, spec, needs)
+    head = backend(inputs)
+    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+    parts = torch.zeros(6, dtype=torch.float64, device=hidden_ND.device)
+    for chunk, rows in enumerate(head.chunks):
+        sums = head.score(chunk)
+        leaves = [sums.logits_NE, *(sums.rest[t] for t in inputs.kept)]
+        with torch.set_grad_enabled(any(needs)):
+            for leaf in leaves:
+                leaf.requires_grad_(any(needs))
+            scored = _objective(sums, inputs.ids.select(rows), targets.select(rows), spec)
+        total += scored.objective.detach()
+        parts += scored.parts
+        if any(needs):
+            dlogits_NE, *drest = torch.autograd.grad(scored.objective, leaves, materialize_grads=True)
+            head.differentiate(chunk, dlogits_NE, dict(zip(inputs.kept, drest, strict=True)))
+    return total.to(inputs.kind), parts, head.gradients()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -121,38 +155,23 @@ class _HeadLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         targets: SparseTargets,
         spec: LossSpec,
-        chunk: int,
-        needs: list[bool],
+        tiling: Tiling | None,
+        needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        grads = _Gradients.zeros(hidden_ND, weight_VD, bias_V, needs)
-        total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-        sums = torch.zeros(6, dtype=torch.float64, device=hidden_ND.device)
-        head = {"vocab_size": spec.vocab_size, "logit_scale": spec.logit_scale, "softcap": spec.softcap}
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            logits_NV = project(hidden_ND[rows], weight_VD, bias_V, **head)
-            with torch.enable_grad():
-                logits_NV.requires_grad_(grads.wanted)
-                objective, parts = _chunk_losses(logits_NV, targets.select(rows), spec)
-            total += objective.detach()
-            sums += parts
-            if grads.wanted:
-                (dlogits_NV,) = torch.autograd.grad(objective, logits_NV)
-                draw_NV = _transform_gradient(dlogits_NV, logits_NV.detach(), spec)
-                grads.add(rows, draw_NV, hidden_ND, weight_VD)
-        ctx.save_for_backward(
-            grads.hidden_ND,
-            None if grads.weight_VD is None else grads.weight_VD.to(weight_VD.dtype),
-            None if grads.bias_V is None or bias_V is None else grads.bias_V.to(bias_V.dtype),
+        total, parts, gradients = run_pass(
+            hidden_ND, weight_VD, bias_V, targets, spec, needs, lambda inputs: _backend(inputs, tiling)
         )
-        ctx.mark_non_differentiable(sums)
-        return total.to(_accumulate_type(hidden_ND)), sums
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(parts)
+        return total, parts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
-        scaled = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        # In place: the weight's gradient is the largest tensor of the step, and a scaled copy would double it. A second
+        # backward through a retained graph is refused by autograd, which sees the change.
+        scaled = (None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors)
         return (*scaled, None, None, None, None)
 
 
@@ -163,13 +182,15 @@ def head_loss(
     targets: SparseTargets,
     spec: LossSpec,
     *,
-    chunk: int | None = None,
+    tiling: Tiling | None = None,
 ) -> LossSums:
     """The distillation loss from hidden states, without ever holding [N, V] logits.
 
     Each chunk of rows is projected, scored and differentiated at once; the backward pass only scales the gradients
-    found in the forward. The weight gets no gradient where it asks for none (LoRA). With N = 0 the loss is 0 and the
-    gradients are zeros that still flow, so that every rank of a ZeRO group runs the same hooks.
+    found in the forward, in place: it runs once. The weight gets no gradient where it asks for none (LoRA). With N = 0
+    the loss is 0 and the gradients are zeros that still flow, so that every rank of a ZeRO group runs the same hooks.
+    Memory beyond the inputs and gradients: one chunk of logits (about 128 MiB) and, for bf16, the weight's gradient
+    in float32.
 
     Args:
         hidden_ND: final hidden states of the rows that `targets` describe, any float type.
@@ -177,7 +198,7 @@ def head_loss(
         bias_V: head bias or None.
         targets: N rows; those with mask_N False are dropped.
         spec: objective, temperature, mix, head.
-        chunk: rows at a time; by default about 64 MiB of float32 logits.
+        tiling: rows and vocabulary at a time, by torch operations; by default what suits the device.
 
     Returns:
         Sums over supervised rows; only `objective_sum` carries a gradient.
@@ -191,11 +212,15 @@ def head_loss(
         raise ValueError(f"the head has {len(weight_VD)} rows, fewer than the vocabulary's {spec.vocab_size}")
     if spec.temperature not in (1.0, targets.temperature):
         raise ValueError(f"loss temperature {spec.temperature}, but targets stand at {targets.temperature}")
+    if (spec.objective in NEED_DRAWS) != (targets.weights_NK is not None):
+        held = "the exact top k" if targets.weights_NK is None else "draws"
+        raise ValueError(
+            f"objective {spec.objective!r}, but these targets hold {held}; capture what the objective needs"
+        )
     if targets.mask_N is not None:
         keep = targets.mask_N.nonzero()[:, 0]
         hidden_ND, targets = hidden_ND[keep], targets.select(keep)
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_ND, weight_VD, bias_V)]
-    total, sums = _HeadLoss.apply(
-        hidden_ND, weight_VD, bias_V, targets, spec, chunk or default_chunk(spec.vocab_size), needs
-    )  # type: ignore[misc]
+    leaves = (hidden_ND, weight_VD, bias_V)
+    needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in leaves)
+    total, sums = _HeadLoss.apply(*leaves, targets, spec, tiling, needs)  # type: ignore[misc]
     return LossSums(total, *sums.unbind())

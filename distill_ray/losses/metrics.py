@@ -7,10 +7,18 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from distill_ray.losses.head import default_chunk, project
+from distill_ray.losses.head import project
 from distill_ray.losses.objectives import partition_kl
-from distill_ray.losses.partition import StudentChunk
+from distill_ray.losses.partition import RowIds, split_logits
 from distill_ray.losses.types import SparseTargets
+
+_CHUNK_LOGITS = 2**24
+"""Logits of one chunk: 64 MiB in float32, of which a few copies live at once."""
+
+
+def default_chunk(vocab_size: int) -> int:
+    """Rows a chunk may have so that its logits take about 64 MiB in float32."""
+    return max(16, _CHUNK_LOGITS // vocab_size)
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,7 @@ def compare_rows(model: ModelRows, targets: SparseTargets, *, vocab_size: int) -
 
 
 def _chunk_metrics(logits_NV: Tensor, targets: SparseTargets) -> RowMetrics:
-    student = StudentChunk(logits_NV, targets.ids_NK, targets.labels_N)
-    split = student.split(1.0)
+    split = split_logits(logits_NV, RowIds.of(targets.ids_NK, targets.labels_N, logits_NV.shape[1]))
     best_N, top1_N = logits_NV.max(1)
     rows = ModelRows(split.log_q_NK, split.log_tail_N, top1_N, best_N - split.log_z_N, split.log_q_label_N)
     return compare_rows(rows, targets, vocab_size=logits_NV.shape[1])

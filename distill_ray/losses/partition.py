@@ -1,14 +1,15 @@
-"""The student's distribution seen as K kept tokens and one tail bucket."""
+"""A student's distribution seen as the kept tokens and one tail bucket, from their logits alone."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+_LOWEST = -1e30
+"""Stands in for the maximum of no logits at all: −inf − (−inf) would be NaN."""
 
 
 @dataclass(frozen=True)
@@ -25,73 +26,68 @@ class Split:
     """LSE of the logits divided by the temperature."""
 
 
-class _GatherAndTail(torch.autograd.Function):
-    """(kept logits, label's logit, LSE of all but the kept logits), all of logits / temperature.
+@dataclass(frozen=True)
+class RowIds:
+    """The K kept ids of a row and its label, and which of these K + 1 entries name a token for the first time."""
 
-    One function, so that the gradient is written into one [N, V] buffer: plain autograd makes a zero-filled one for
-    every gather and adds them up, which costs more than the matrix products at small hidden sizes.
-    """
+    ids_NE: Tensor
+    """int64 [N, K + 1], the label last."""
+    first_NE: Tensor
+    """bool: False where an earlier entry of the row is the same token."""
+    has_tail: bool
+    """False where all of the vocabulary is kept, so that there is no bucket."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, logits_NV: Tensor, ids_NK: Tensor, labels_N1: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kept_NK, label_N1 = logits_NV.gather(1, ids_NK), logits_NV.gather(1, labels_N1)
-        weight_NV = logits_NV.clone() if temperature == 1.0 else logits_NV / temperature
-        weight_NV.scatter_(1, ids_NK, -math.inf)
-        top_N1 = weight_NV.amax(1, keepdim=True)
-        sum_N1 = weight_NV.sub_(top_N1).exp_().sum(1, keepdim=True)
-        ctx.save_for_backward(weight_NV, sum_N1, ids_NK, labels_N1)
-        ctx.temperature = temperature
-        return kept_NK / temperature, label_N1[:, 0] / temperature, (top_N1 + sum_N1.log())[:, 0]
+    @classmethod
+    def of(cls, ids_NK: Tensor, labels_N: Tensor, vocab_size: int, *, repeats: bool = False) -> RowIds:
+        """Args:
+        ids_NK: int64 kept ids.
+        labels_N: int64 actual next tokens.
+        vocab_size: real vocabulary.
+        repeats: an id may stand twice in a row (draws do).
+        """
+        first_NE = torch.ones(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.bool, device=ids_NK.device)
+        first_NE[:, -1] = (ids_NK != labels_N[:, None]).all(1)
+        if repeats:
+            order_NK = ids_NK.argsort(dim=1, stable=True)
+            sorted_NK = ids_NK.gather(1, order_NK)
+            again_NK = torch.zeros_like(sorted_NK, dtype=torch.bool)
+            again_NK[:, 1:] = sorted_NK[:, 1:] == sorted_NK[:, :-1]
+            first_NE[:, :-1] = ~torch.zeros_like(again_NK).scatter(1, order_NK, again_NK)
+        return cls(torch.cat([ids_NK, labels_N[:, None]], 1), first_NE, repeats or ids_NK.shape[1] < vocab_size)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight_NV, sum_N1, ids_NK, labels_N1 = ctx.saved_tensors
-        kept_NK, label_N, tail_N = (g / ctx.temperature for g in grads)
-        grad_NV = weight_NV * (tail_N[:, None] / sum_N1)
-        grad_NV.scatter_(1, ids_NK, kept_NK)
-        grad_NV.scatter_add_(1, labels_N1, label_N[:, None])
-        return grad_NV, None, None, None
+    def select(self, rows: slice) -> RowIds:
+        """The ids of some rows."""
+        return RowIds(self.ids_NE[rows], self.first_NE[rows], self.has_tail)
 
 
-class StudentChunk:
-    """Student logits of a chunk of rows; each temperature's split is computed once and shared.
+def split(logits_NE: Tensor, rest_N: Tensor, ids: RowIds, temperature: float) -> Split:
+    """The student at one temperature, differentiable in the K + 1 logits and in the rest's LSE.
+
+    1 − S comes from the tail's own LSE: as a difference it cancels to 0 or to a negative number as S → 1.
 
     Args:
-        logits_NV: [N, V], float32 or float64, real vocabulary only.
-        ids_NK: int64 kept ids, distinct within a row.
-        labels_N: int64 actual next tokens.
+        logits_NE: logits of `ids.ids_NE`, before the temperature.
+        rest_N: LSE of logits / temperature over all tokens that are not among the ids.
+        ids: of the same rows.
+        temperature: divides the logits.
     """
+    scaled_NE = logits_NE / temperature
+    counted_NE = scaled_NE.masked_fill(~ids.first_NE, -math.inf)
+    log_z_N = torch.cat([counted_NE, rest_N[:, None]], 1).logsumexp(1)
+    # The label is outside the kept ids where it is named for the first time, and is then part of the tail.
+    tail_N = (
+        torch.logaddexp(counted_NE[:, -1], rest_N) - log_z_N if ids.has_tail else torch.full_like(rest_N, -math.inf)
+    )
+    return Split(scaled_NE[:, :-1] - log_z_N[:, None], tail_N, scaled_NE[:, -1] - log_z_N, log_z_N)
 
-    def __init__(self, logits_NV: Tensor, ids_NK: Tensor, labels_N: Tensor) -> None:
-        self.logits_NV = logits_NV
-        self.ids_NK = ids_NK
-        self.labels_N = labels_N
-        self._splits: dict[float, Split] = {}
 
-    def split(self, temperature: float) -> Split:
-        """The kept and tail log-probabilities of softmax(logits / temperature), differentiable once."""
-        if temperature not in self._splits:
-            self._splits[temperature] = self._split(temperature)
-        return self._splits[temperature]
+def rest_of(logits_NV: Tensor, ids: RowIds, temperature: float) -> Tensor:
+    """LSE of logits / temperature over the tokens outside `ids`, [N]; −inf where there are none."""
+    rest_NV = (logits_NV / temperature).scatter(1, ids.ids_NE, -math.inf)
+    top_N1 = rest_NV.amax(1, keepdim=True).clamp_min(_LOWEST)
+    return (rest_NV - top_N1).exp().sum(1).log() + top_N1[:, 0]
 
-    def _split(self, temperature: float) -> Split:
-        if self.ids_NK.shape[1] == self.logits_NV.shape[1]:
-            return self._whole(temperature)
-        # log(1 − S) from the tail's own LSE: 1 − S itself cancels to 0 or to a negative number as S → 1.
-        kept_NK, label_N, tail_lse_N = _GatherAndTail.apply(
-            self.logits_NV, self.ids_NK, self.labels_N[:, None], temperature
-        )  # type: ignore[misc]
-        log_z_N = torch.logaddexp(kept_NK.logsumexp(1), tail_lse_N)
-        return Split(kept_NK - log_z_N[:, None], tail_lse_N - log_z_N, label_N - log_z_N, log_z_N)
 
-    def _whole(self, temperature: float) -> Split:
-        logq_NV = (self.logits_NV / temperature).log_softmax(1)
-        return Split(
-            logq_NV.gather(1, self.ids_NK),
-            torch.full_like(logq_NV[:, 0], -math.inf),
-            logq_NV.gather(1, self.labels_N[:, None])[:, 0],
-            (self.logits_NV / temperature).logsumexp(1),
-        )
+def split_logits(logits_NV: Tensor, ids: RowIds, temperature: float = 1.0) -> Split:
+    """`split` of whole logits [N, V], differentiable; for evaluation and reference."""
+    return split(logits_NV.gather(1, ids.ids_NE), rest_of(logits_NV, ids, temperature), ids, temperature)

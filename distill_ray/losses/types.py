@@ -28,6 +28,9 @@ class SparseTargets:
     """float32 [N, K] at `temperature`; None at T = 1."""
     log_tail_T: Tensor | None = None
     """float32 [N] at `temperature`; None at T = 1."""
+    weights_NK: Tensor | None = None
+    """float32 weights of −log q at `temperature`, where the ids hold draws (see `draws`). An id
+    may then stand twice in a row. None: the ids are the exact top k."""
 
     def __post_init__(self) -> None:
         if self.temperature != 1.0 and (self.logprobs_T is None or self.log_tail_T is None):
@@ -51,6 +54,15 @@ class SparseTargets:
             return self.logprobs_T, self.log_tail_T
         raise ValueError(f"targets hold temperatures 1 and {self.temperature}, not {temperature}")
 
+    def weights_at(self, temperature: float) -> Tensor | None:
+        """Weights of −log q at 1 or at the distillation temperature, None without draws.
+
+        The draws were made at the distillation temperature; p_1 / p_T carries them to T = 1 without bias.
+        """
+        if self.weights_NK is None or temperature == self.temperature:
+            return self.weights_NK
+        return self.weights_NK * (self.at(temperature)[0] - self.at(self.temperature)[0]).exp()
+
     def select(self, rows: slice | Tensor) -> SparseTargets:
         """The targets of some rows."""
 
@@ -66,6 +78,7 @@ class SparseTargets:
             self.temperature,
             of(self.logprobs_T),
             of(self.log_tail_T),
+            of(self.weights_NK),
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
@@ -86,6 +99,7 @@ class SparseTargets:
             self.temperature,
             of(self.logprobs_T),
             of(self.log_tail_T),
+            of(self.weights_NK),
         )
 
 
@@ -101,6 +115,10 @@ class LossSpec:
     """α of (1 − α)·T²·KL_T + α·CE."""
     objective: str = "bucket"
     """A name in `OBJECTIVES`."""
+    jsd_beta: float = 0.5
+    """β of `jsd`, between 0 and 1: the teacher's share of the mixture."""
+    skew: float = 0.1
+    """s of `skewed_kl`, between 0 and 1: the teacher's share of the mixture."""
     logit_scale: float = 1.0
     """Logits are multiplied by it (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`)."""
     softcap: float | None = None
@@ -119,7 +137,7 @@ class LossSums:
     kl_t_sum: Tensor
     """Σ KL_T, nats, without the T² factor. Float64 like all sums below."""
     kl_t1_sum: Tensor
-    """Σ bucket KL at T = 1, nats."""
+    """Σ KL at T = 1, nats, comparable across objectives: on {kept tokens, tail}, or estimated from draws."""
     ce_sum: Tensor
     """Σ −log q(actual next token), nats, T = 1."""
     kept_mass_sum: Tensor

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from distill_ray.config.sections import LossSection
+from distill_ray.config.loss import LossSection
 from distill_ray.errors import UserError
 from distill_ray.ingest import PackedBatch, attention_mask
 from distill_ray.losses import LossSpec, SparseTargets, head_loss, project
@@ -16,21 +17,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def loss_spec(config: PretrainedConfig, vocab_size: int, loss: LossSection) -> LossSpec:
-    """The loss of the recipe with what the student's head does to its logits (soft-cap, scale).
+def loss_spec(
+    config: PretrainedConfig, vocab_size: int, loss: LossSection, *, step: int = 0, steps: int = 1
+) -> LossSpec:
+    """The loss of the recipe at one step, with what the student's head does to its logits (soft-cap, scale).
 
     Args:
         config: the student's text configuration.
         vocab_size: ids that the softmax runs over (`shared_vocabulary`).
         loss: the recipe's section.
+        step: global batch that the schedules of temperature and mix are read at.
+        steps: of the whole run.
     """
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
     return LossSpec(
         vocab_size=vocab_size,
-        temperature=loss.temperature,
-        hard_label_weight=loss.hard_label_weight,
+        temperature=loss.temperature_at(step, steps),
+        hard_label_weight=loss.hard_label_weight_at(step, steps),
         objective=loss.objective,
+        jsd_beta=loss.jsd_beta,
+        skew=loss.skew,
         logit_scale=scale / divisor,
         softcap=getattr(config, "final_logit_softcapping", None),
     )
@@ -77,9 +84,9 @@ class HeadLoss(nn.Module):
         self.bias = bias_V
         self.spec = spec
 
-    def forward(self, hidden_ND: Tensor, targets: SparseTargets) -> Tensor:
+    def forward(self, hidden_ND: Tensor, targets: SparseTargets, spec: LossSpec) -> Tensor:
         """float64 [7]: `LossSums.metrics()`, whose entry 0, the objective, carries the gradient."""
-        sums = head_loss(hidden_ND, self.weight, self.bias, targets, self.spec)
+        sums = head_loss(hidden_ND, self.weight, self.bias, targets, spec)
         # One tensor, not a dataclass: ZeRO-3's pre-backward hook finds tensors in tuples and dicts only.
         return torch.cat([sums.objective_sum.double()[None], sums.metrics()[1:]])
 
@@ -90,9 +97,12 @@ class DistillModule(nn.Module):
     Args:
         model: the student as Hugging Face made it (adapters included).
         spec: the loss.
+        spec_at: the loss at a global batch, where it is scheduled; None: `spec` throughout.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: LossSpec) -> None:
+    def __init__(
+        self, model: PreTrainedModel, spec: LossSpec, spec_at: Callable[[int], LossSpec] | None = None
+    ) -> None:
         super().__init__()
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -104,13 +114,15 @@ class DistillModule(nn.Module):
         self._head_prefix = _name_of(model, head) + "."
         self._eager = model.config._attn_implementation == "eager"
         _check_head(model, head, spec)
+        self._spec_at = spec_at
         self.body = model.base_model
         self.head = HeadLoss(head.weight, head.bias, spec)
         _check_packing(self, model)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sums over the supervised rows of this batch, float64 [7] in the order of `LossSums.metrics()`."""
-        return self.head(self.hidden_rows(batch), batch.targets)
+        spec = self.head.spec if self._spec_at is None else self._spec_at(batch.step)
+        return self.head(self.hidden_rows(batch), batch.targets, spec)
 
     def hidden_rows(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [N, D] of the supervised rows: what the head is applied to."""

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -143,7 +144,8 @@ class _Run:
         model, config = build_initial(recipe, teacher_folder, say=self._say)
         identity = self.job.manifest.identity
         self.student_ids = shared_vocabulary(model, identity.vocab_size, identity.top_k)
-        module = DistillModule(model, loss_spec(config, self.student_ids, recipe.loss))
+        spec = partial(loss_spec, config, self.student_ids, recipe.loss)
+        module = DistillModule(model, spec(), lambda step: spec(step=step, steps=self.plan.steps))
         if recipe.student.lora:
             add_lora(model, recipe.student.lora, train.seed)
         if train.gradient_checkpointing:
@@ -159,7 +161,7 @@ class _Run:
             identity,
             self.plan,
             cache=open_cache(self.storage, identity, self.plan.units, sharers=self.here, say=self._say),
-            temperature=self.recipe.loss.temperature,
+            temperature=lambda step: self.recipe.loss.temperature_at(step, self.plan.steps),
             student_ids=self.student_ids,
             rank=self.rank,
             world=self.world,

@@ -89,6 +89,19 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
         ({"corpus": {"sources": [1]}}, "corpus.sources.0: Input should be a valid string"),
         ({"corpus": {"text_column": 5}}, "corpus.text_column: Input should be a valid string"),
         ({"evaluate": {"require": {"kl_t1": "0.1"}}}, "evaluate.require.kl_t1: Input should be a valid number"),
+        ({"loss": {"objective": "kl"}}, "loss.objective: Input should be 'bucket', 'truncated'"),
+        ({"loss": {"skew": 0.2}}, 'skew=0.2 has no effect on objective = "bucket"; remove it or use "skewed_kl"'),
+        (
+            {"loss": {"objective": "skewed_kl", "jsd_beta": 0.9}},
+            'jsd_beta=0.9 has no effect on objective = "skewed_kl"',
+        ),
+        ({"loss": {"objective": "jsd", "jsd_beta": 1.0}}, "loss.jsd_beta: Input should be less than 1"),
+        ({"loss": {"objective": "sampled"}}, "capture keeps the exact top 64 only"),
+        ({"loss": {"objective": "head_tail"}}, 'loss.objective="head_tail" needs tokens drawn in the teacher process'),
+        ({"loss": {"objective": "sampled", "temperature_steps": [[0.5, 2.0]]}}, "draws tokens at one temperature"),
+        ({"loss": {"temperature_steps": [[0.5, 3.0]]}}, "loss.temperature=3.0 was not captured"),
+        ({"loss": {"temperature_steps": [[0.5, 1.0], [0.5, 1.0]]}}, "temperature_steps stands at shares [0.5, 0.5]"),
+        ({"loss": {"hard_label_points": [[0.0, 0.3]]}}, "hard_label_points stands at shares [0.0]"),
     ],
 )
 def test_refuses_with_a_message_that_names_the_key(changes: dict[str, Any], expected: str):
@@ -192,3 +205,25 @@ def test_range_is_a_section():
 def test_every_shipped_recipe_parses_and_is_short(path: Path):
     load_recipe(path)
     assert len(path.read_text().splitlines()) <= 60
+
+
+def test_schedules_of_the_loss():
+    loss = parse_recipe(
+        minimal(
+            loss={
+                "temperature": 4.0,
+                "temperature_steps": [[0.5, 2.0], [0.8, 1.0]],
+                "hard_label_weight": 0.1,
+                "hard_label_points": [[0.5, 0.3], [1.0, 0.2]],
+            },
+            capture={"temperatures": [2.0, 4.0]},
+            teacher={"engine": "transformers"},
+        )
+    ).loss
+    assert loss.temperatures == (1.0, 2.0, 4.0)
+    assert [loss.temperature_at(step, 10) for step in range(10)] == [4.0] * 5 + [2.0] * 3 + [1.0] * 2
+    weights = [loss.hard_label_weight_at(step, 10) for step in range(10)]
+    assert weights == pytest.approx([0.1, 0.14, 0.18, 0.22, 0.26, 0.3, 0.28, 0.26, 0.24, 0.22])
+    constant = parse_recipe(minimal()).loss
+    assert {constant.hard_label_weight_at(step, 7) for step in range(7)} == {0.1}
+    assert {constant.temperature_at(step, 7) for step in range(7)} == {1.0}

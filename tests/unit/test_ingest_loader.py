@@ -249,6 +249,12 @@ def test_a_manifest_that_disagrees_with_the_object_is_refused(corpus):
         corpus.load(replace(plan, sequences=longer))
 
 
+def test_the_temperature_may_change_with_the_step(corpus):
+    plan = corpus.plan()
+    for batch in corpus.load(plan, temperature=lambda step: T if step % 2 else 1.0):
+        assert batch.targets.temperature == (T if batch.step % 2 else 1.0)
+
+
 def test_a_temperature_that_was_not_captured_is_refused(corpus):
     with pytest.raises(CannotCaptureError, match=r"temperatures \[1.0, 2.0\], not 3.0"):
         corpus.load(corpus.plan(), temperature=3.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from distill_ray import student
-from distill_ray.config.sections import LoraSection, LossSection, TrainSection
+from distill_ray.config.loss import LossSection
+from distill_ray.config.sections import LoraSection, TrainSection
 from distill_ray.errors import UserError
 from distill_ray.losses import LossSpec, project
 from distill_ray.student.build import cut_config, from_teacher_layers
@@ -95,6 +97,22 @@ def test_packed_hidden_states_and_head_give_each_documents_own_logits(kind: str,
         got = project(module.hidden_rows(batch), module.head.weight, module.head.bias, **head)
         expected = torch.cat([model(torch.from_numpy(d)[None]).logits[0, :-1, :VOCAB] for d in docs])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scheduled_loss_is_that_of_the_batchs_step():
+    section = LossSection(hard_label_weight=0.0, hard_label_points=((1.0, 1.0),))
+    model = tiny_model(tiny_config())
+
+    def at(step: int) -> LossSpec:
+        return student.loss_spec(model.config, VOCAB, section, step=step, steps=4)
+
+    module = student.DistillModule(model, at(0), at)
+    rng = np.random.default_rng(0)
+    batch = pack(rng, documents(rng, 3), 30, 1.0)
+    for step in range(4):
+        objective, kl, _, ce = module(replace(batch, step=step)).tolist()[:4]
+        assert objective == pytest.approx((1 - step / 4) * kl + step / 4 * ce, rel=1e-6)
+        assert kl != pytest.approx(ce, rel=0.01)
 
 
 def test_a_head_that_does_something_unknown_is_refused():
