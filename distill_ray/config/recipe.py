@@ -65,11 +65,6 @@ class Recipe(Section):
                 f"{list(self.capture.temperatures)}); the tail mass at T cannot be known from the kept tokens: "
                 f"add {self.loss.temperature} to capture.temperatures"
             )
-        if self.capture.extra_temperatures and self.teacher.engine == "vllm":
-            raise ValueError(
-                f"capture.temperatures={list(self.capture.temperatures)}: vLLM's public path cannot give the tail mass "
-                'at T ≠ 1; use teacher.engine = "transformers" or keep temperatures = [1.0]'
-            )
         if self.train.pack_tokens < self.corpus.window_tokens:
             raise ValueError(
                 f"train.pack_tokens={self.train.pack_tokens} is less than corpus.window_tokens="

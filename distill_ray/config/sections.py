@@ -73,7 +73,7 @@ class TeacherSection(Section):
     revision: Identity[str | None] = None
     """Name of the weights' revision, the teacher's identity; without one the weights' content hash is used."""
     engine: Identity[Literal["vllm", "transformers"]] = "vllm"
-    """`transformers` is the exact reference: slow, but gives dense log-probabilities and other temperatures."""
+    """`transformers` is the exact reference: slow, but also gives dense log-probabilities."""
     dtype: Identity[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
     """Arithmetic of the teacher; `auto` takes the model's own."""
     quantization: Identity[str | None] = None
