@@ -69,6 +69,10 @@ class CaptureWorker:
         """Words of finished requests, in the order of the names; nothing from a worker that keeps none."""
         return b"" if self._capture_store is None else self._capture_store.pop(requests)
 
+    def capture_recomputed(self) -> int:
+        """Fetched rows that vLLM computed more than once, because it had preempted their prompts."""
+        return 0 if self._capture_store is None else self._capture_store.recomputed
+
 
 def install(runner: Any, take: Take) -> None:
     """Hook into a V1 or V2 model runner.

@@ -24,6 +24,8 @@ class RowStore:
 
     def __init__(self) -> None:
         self._waiting: dict[str, _Waiting] = {}
+        self.recomputed = 0
+        """Rows that came more than once: what preemption wasted."""
 
     def add(self, spans: list[Span], words_RW: torch.Tensor) -> None:
         """Keep one step's rows, given in the spans' order. The copy to the host does not wait for the device."""
@@ -46,7 +48,9 @@ class RowStore:
         Raises:
             KeyError: a row of them was never computed.
         """
-        return b"".join(_in_order(name, self._waiting.pop(name)).tobytes() for name in requests)
+        taken = [(name, self._waiting.pop(name)) for name in requests]
+        self.recomputed += sum(len(piece) for _, w in taken for _, piece in w.pieces) - sum(w.total for _, w in taken)
+        return b"".join(_in_order(name, waiting).tobytes() for name, waiting in taken)
 
     def __len__(self) -> int:
         """Requests that wait."""

@@ -22,7 +22,7 @@ from distill_ray.teacher.engine import finite_or_reason, refusal
 from distill_ray.teacher.flat import log_tail, rows_from_flat
 from distill_ray.teacher.hook import CaptureWorker
 from distill_ray.teacher.transformers_engine import TransformersEngine, rows_from_logits
-from distill_ray.teacher.vllm_engine import engine_arguments, set_process_environment, threads_bind
+from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment, threads_bind
 from tests.assets import tiny_teacher_folder
 
 V, K = 50, 4

@@ -143,6 +143,7 @@ def test_store_places_rows_by_position_and_never_twice() -> None:
     store.add([Span("a", 0, 0, 3, 4)], words[3:] * 0)  # recomputed after preemption
     with pytest.raises(KeyError, match="1 of 4 rows"):
         store.pop(["a"])
+    assert store.recomputed == 1
     store.add([Span("c", 0, 1, 3, 4)], words[3:])
     store.add([Span("c", 0, 0, 1, 4)], words[:1])
     got = np.frombuffer(store.pop(["c", "b"]), np.int32).reshape(-1, 3)
