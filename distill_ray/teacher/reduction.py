@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,8 @@ import torch
 _BLOCK_BYTES = 2**24
 """Bytes of float32 that exist at once while a tile of another type is summed."""
 _CPU_TYPES = (torch.float32, torch.bfloat16)
+_LEAST_RUN = 16
+"""Columns for each kept one that the GPU kernel must have at least."""
 _INF = float("inf")
 
 
@@ -55,7 +58,7 @@ def reduce_tile(
     width = logits_RW.shape[1]
     if not width:
         return _nothing(len(logits_RW), top_k, 1 + len(temperatures), logits_RW.device)
-    if (kernel := _cpu_kernel()) and logits_RW.device.type == "cpu" and logits_RW.dtype in _CPU_TYPES:
+    if kernel := _kernel(logits_RW.device.type, logits_RW.dtype, width >= _LEAST_RUN * top_k):
         values_RK, ids_RK, *others = kernel(logits_RW, actual_R, top_k, temperatures)
         return ShardRows(values_RK, ids_RK.add_(first_id), *others)
     return reduce_by_torch(logits_RW, first_id, actual_R, top_k, temperatures)
@@ -82,12 +85,13 @@ def reduce_by_torch(
 
 
 @cache
-def _cpu_kernel() -> Callable[..., tuple[torch.Tensor, ...]] | None:
-    if find_spec("numba") is None:
-        return None
-    from distill_ray.teacher.kernel_cpu import reduce_rows
-
-    return reduce_rows
+def _kernel(device: str, dtype: torch.dtype, wide: bool) -> Callable[..., tuple[torch.Tensor, ...]] | None:
+    """The compiled kernel for such a tile, if there is one."""
+    if device == "cpu" and dtype in _CPU_TYPES and find_spec("numba"):
+        return import_module("distill_ray.teacher.kernel_cpu").reduce_rows
+    if device == "cuda" and wide and find_spec("triton"):
+        return import_module("distill_ray.teacher.kernel_triton").reduce_rows
+    return None
 
 
 def _nothing(n_rows: int, top_k: int, n_sums: int, device: torch.device) -> ShardRows:
