@@ -1,8 +1,9 @@
 """Top-k, log-sum-exp and entropy of a logits tile on a CPU: compiled, vectorised, a thread for each core.
 
 Each row is read from memory once; the second look at it finds it in the cache.
-1. The greatest logit of every run of 64 columns (a vector loop). The (K+1)-th greatest of these bounds the (K+1)-th
-   greatest logit from below, so only the runs that reach it, K+1 or a few more, are searched with a heap.
+1. Columns are parted in groups of 16 (every 64th of 1,024, so that the maxima of 64 groups are one vector loop). The
+   (K+1)-th greatest group maximum bounds the (K+1)-th greatest logit from below, so only the groups that reach it, K+1
+   or a few more, are searched with a heap.
 2. Block by block, the sums over everything that is not kept, in float32 within a block and float64 over blocks.
 
 Legend: R rows, W columns, K kept, S temperatures (the first is 1).
@@ -22,7 +23,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-_RUN = 64
+_STRIDE = 64
+"""Columns between two of one group."""
+_CHUNK = 16 * _STRIDE
+"""Columns of 64 groups."""
 _BLOCK = 2048
 _INF = np.float32(np.inf)
 _LOG2_E = np.float32(1 / math.log(2))
@@ -81,19 +85,20 @@ def _exp2(y: Any) -> Any:
     return _times_power_of_2(_C[0] + f * p, n)
 
 
-# NaN is counted elsewhere; without these flags a maximum is no vector loop.
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def _run_maxima(z_W: Any, maxima: Any) -> int:
-    runs = (len(z_W) + _RUN - 1) // _RUN
-    for r in range(runs):
-        start = r * _RUN
-        stop = min(start + _RUN, len(z_W))
-        best = -_INF
-        for i in range(start, stop):
-            value = _load(z_W[i])
-            best = value if value > best else best
-        maxima[r] = best
-    return runs
+# Slices, indexed from 0: with start + i as the index, a test for negative ones would keep the loops scalar.
+@njit(nogil=True, cache=True)
+def _group_maxima(z_W: Any, maxima: Any) -> int:
+    """Fill `maxima`; the number of groups, 64 for each chunk begun. NaN is never a maximum."""
+    n_groups = (len(z_W) + _CHUNK - 1) // _CHUNK * _STRIDE
+    for c in range(n_groups // _STRIDE):
+        best = maxima[c * _STRIDE : (c + 1) * _STRIDE]
+        best[:] = -_INF
+        for start in range(c * _CHUNK, min((c + 1) * _CHUNK, len(z_W)), _STRIDE):
+            z = z_W[start : start + _STRIDE]
+            for j in range(len(z)):
+                value = _load(z[j])
+                best[j] = value if value > best[j] else best[j]
+    return n_groups
 
 
 @njit(nogil=True, cache=True)
@@ -118,14 +123,14 @@ def _sift_down(values: Any, ids: Any, size: int, at: int) -> None:
 
 @njit(nogil=True, cache=True)
 def _offer(values: Any, ids: Any, size: int, value: Any, id_: int) -> int:
-    """Offer a value to a heap of room len(values), ids ascending; its size then."""
+    """Offer a value to a heap of room len(values); its size then."""
     if size < len(values):
         values[size], ids[size] = value, id_
         size += 1
         if size == len(values):
             for at in range(size // 2 - 1, -1, -1):
                 _sift_down(values, ids, size, at)
-    elif value > values[0]:
+    elif value > values[0] or (value == values[0] and id_ < ids[0]):
         values[0], ids[0] = value, id_
         _sift_down(values, ids, size, 0)
     return size
@@ -135,17 +140,20 @@ def _offer(values: Any, ids: Any, size: int, value: Any, id_: int) -> int:
 def _select(z_W: Any, values: Any, ids: Any, maxima: Any) -> None:
     """The len(values) greatest, in descending order, equal ones by ascending column. W ≥ len(values)."""
     room = len(values)
-    runs = _run_maxima(z_W, maxima)
+    groups = _group_maxima(z_W, maxima)
     threshold = -_INF
-    if runs >= room:
+    if groups >= room:
         size = 0
-        for r in range(runs):
-            size = _offer(values, ids, size, maxima[r], r)
-        threshold = values[0]
+        for g in range(groups):
+            # Tested here too: a call costs several times the test, and nearly all fail it.
+            if size < room or maxima[g] > threshold:
+                size = _offer(values, ids, size, maxima[g], g)
+                threshold = values[0] if size == room else -_INF
     size = 0
-    for r in range(runs):
-        if maxima[r] >= threshold:
-            for i in range(r * _RUN, min((r + 1) * _RUN, len(z_W))):
+    for g in range(groups):
+        if maxima[g] >= threshold:
+            start = g // _STRIDE * _CHUNK + g % _STRIDE
+            for i in range(start, min(start + _CHUNK, len(z_W)), _STRIDE):
                 value = _load(z_W[i])
                 if value >= threshold:
                     size = _offer(values, ids, size, value, i)
@@ -158,12 +166,12 @@ def _select(z_W: Any, values: Any, ids: Any, maxima: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
-def _block_counts(z_W: Any, start: int, stop: int, top: Any, actual: Any, gaps: Any) -> Any:
+def _block_counts(z: Any, top: Any, actual: Any, gaps: Any) -> Any:
     """Fill `gaps` with z − top; how many logits exceed `actual`, and how many are NaN."""
     greater = np.float32(0)
     bad = np.float32(0)
-    for i in range(stop - start):
-        value = _load(z_W[start + i])
+    for i in range(len(z)):
+        value = _load(z[i])
         gaps[i] = value - top
         greater += np.float32(1) if value > actual else np.float32(0)
         bad += np.float32(1) if value != value else np.float32(0)
@@ -199,7 +207,8 @@ def _reduce_rows(
     width, top_k, n_sums = z_RW.shape[1], values_RK.shape[1], len(scales)
     room = min(top_k + 1, width)
     values, ids = np.empty(room, np.float32), np.empty(room, np.int32)
-    maxima, gaps = np.empty((width + _RUN - 1) // _RUN, np.float32), np.empty(_BLOCK, np.float32)
+    maxima = np.empty((width + _CHUNK - 1) // _CHUNK * _STRIDE, np.float32)
+    gaps = np.empty(_BLOCK, np.float32)
     sums = np.empty(n_sums, np.float64)
     for r in range(begin, end):
         z_W = z_RW[r]
@@ -215,7 +224,7 @@ def _reduce_rows(
         sums[:] = 0.0
         for start in range(0, width, _BLOCK):
             stop = min(start + _BLOCK, width)
-            more, nans = _block_counts(z_W, start, stop, top, actual_R[r], gaps)
+            more, nans = _block_counts(z_W[start:stop], top, actual_R[r], gaps)
             greater += more
             bad += nans
             total, more = _block_sum_weighted(gaps, stop - start)
