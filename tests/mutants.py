@@ -143,7 +143,7 @@ MUTANTS = (
     ),
     Mutant(
         "prefix caching left on",
-        "distill_ray/teacher/vllm_engine.py",
+        "distill_ray/teacher/vllm_setup.py",
         '"enable_prefix_caching": False,',
         '"enable_prefix_caching": True,',
         UNIT + "test_teacher.py",

@@ -73,11 +73,6 @@ class Recipe(Section):
                 f"the exact top {self.capture.top_k} only, and drawing from these would be biased: use "
                 'objective = "bucket"'
             )
-        if self.capture.extra_temperatures and self.teacher.engine == "vllm":
-            raise ValueError(
-                f"capture.temperatures={list(self.capture.temperatures)}: vLLM's public path cannot give the tail mass "
-                'at T ≠ 1; use teacher.engine = "transformers" or keep temperatures = [1.0]'
-            )
         if self.train.pack_tokens < self.corpus.window_tokens:
             raise ValueError(
                 f"train.pack_tokens={self.train.pack_tokens} is less than corpus.window_tokens="

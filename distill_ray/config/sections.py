@@ -73,7 +73,7 @@ class TeacherSection(Section):
     revision: Identity[str | None] = None
     """Name of the weights' revision: with one, weight files are sampled for the identity instead of hashed whole."""
     engine: Identity[Literal["vllm", "transformers"]] = "vllm"
-    """`transformers` is the exact reference: slow, but gives dense log-probabilities and other temperatures."""
+    """`transformers` is the exact reference: slow, but also gives dense log-probabilities."""
     dtype: Identity[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
     """Arithmetic of the teacher; `auto` is what the model's config.json states, on every machine."""
     quantization: Identity[str | None] = None

@@ -4,7 +4,15 @@
 Importing this package imports neither torch nor vllm.
 """
 
-from distill_ray.teacher.engine import DenseEngine, Engine, open_engine, resolve_dtype, vocabulary_size
+from distill_ray.teacher.engine import CapturePath, DenseEngine, Engine, open_engine, resolve_dtype, vocabulary_size
 from distill_ray.teacher.weights import weights_identity
 
-__all__ = ["DenseEngine", "Engine", "open_engine", "resolve_dtype", "vocabulary_size", "weights_identity"]
+__all__ = [
+    "CapturePath",
+    "DenseEngine",
+    "Engine",
+    "open_engine",
+    "resolve_dtype",
+    "vocabulary_size",
+    "weights_identity",
+]

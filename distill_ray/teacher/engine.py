@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
-from distill_ray.errors import CannotCaptureError, UserError
+from distill_ray.errors import UserError
 from distill_ray.model_config import read_config, stated_dtype
 from distill_ray.schema import TargetRows
 
 CONCRETE_DTYPES = ("float32", "bfloat16", "float16")
+CapturePath = Literal["auto", "worker", "flat"]
+"""How rows leave vLLM: from inside its workers, by its public path, or the first where it can be had. The rows are the
+same within the engine's arithmetic, so the path is no part of what targets are; only entropy is missing in "flat"."""
 
 
 class Engine(Protocol):
@@ -47,13 +50,16 @@ class DenseEngine(Engine, Protocol):
         ...
 
 
-def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens: int) -> Engine:
+def open_engine(
+    section: TeacherSection, capture: CaptureSection, window_tokens: int, path: CapturePath = "auto"
+) -> Engine:
     """Load the recipe's teacher in this process (a model in `s3://` is staged to this machine first).
 
     Args:
         section: which model, by which engine, how split.
         capture: what a row holds.
         window_tokens: most tokens of one sequence.
+        path: how rows leave vLLM; no other engine minds.
 
     Raises:
         CannotCaptureError: the engine cannot give what `capture` asks for.
@@ -61,11 +67,6 @@ def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens:
     """
     from distill_ray.storage import stage_folder
 
-    if section.engine == "vllm" and capture.extra_temperatures:
-        raise CannotCaptureError(
-            f"capture.temperatures={list(capture.temperatures)}: vLLM's public path gives no tail mass at T ≠ 1; "
-            'use teacher.engine = "transformers" or temperatures = [1.0]'
-        )
     folder = stage_folder(section.model)
     section = resolve_dtype(section, folder)
     vocab = vocabulary_size(folder)
@@ -77,7 +78,7 @@ def open_engine(section: TeacherSection, capture: CaptureSection, window_tokens:
     if section.engine == "vllm":
         from distill_ray.teacher.vllm_engine import VllmEngine
 
-        return VllmEngine(section, capture, window_tokens, folder, vocab)
+        return VllmEngine(section, capture, window_tokens, folder, vocab, path)
     from distill_ray.teacher.transformers_engine import TransformersEngine
 
     return TransformersEngine(section, capture, window_tokens, folder, vocab)

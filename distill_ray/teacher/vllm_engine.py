@@ -1,8 +1,10 @@
-"""The teacher on vLLM, by its public path: prompt log-probabilities in flat lists.
+"""The teacher on vLLM: rows are captured inside its workers, or read by its public path.
 
-Checked in vLLM 0.32's source: prompt log-probabilities are the log-softmax, in float32, of the model's own logits
-(soft-cap and scale applied, rows padded beyond config.vocab_size cut off); no temperature, penalty or other sampling
-processor touches them. Temperatures other than 1 can therefore not be had here, and are refused by `open_engine`.
+The worker path (`hook.py`) gives everything a row can hold. The public path, prompt log-probabilities in flat lists,
+stands in on an engine that the hook does not know, and says so. Checked in vLLM 0.32's source: prompt log-probabilities
+are the log-softmax, in float32, of the model's own logits (soft-cap and scale applied, rows padded beyond
+config.vocab_size cut off); no temperature, penalty or other sampling processor touches them. It gives no temperatures
+other than 1, which are refused, and no entropy.
 """
 
 from __future__ import annotations
@@ -11,73 +13,159 @@ import itertools
 import os
 import sys
 import traceback
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
+from distill_ray.errors import CannotCaptureError, IntegrityError
 from distill_ray.schema import TargetRows
-from distill_ray.teacher.engine import finite_or_reason, refusal
+from distill_ray.teacher.engine import CapturePath, finite_or_reason, refusal
 from distill_ray.teacher.flat import rows_from_flat
+from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment
+from distill_ray.teacher.wire import row_words, rows_from_words
 
 _WAVES_IN_FLIGHT = 4
 """Scheduler steps' worth of tokens queued at once: enough to keep the engine busy, and it bounds the Python lists of
 the finished requests, which take over 100 bytes an entry."""
 
-_HEAD_BYTES = 2**29
-"""Most bytes of one request's float32 logits in one step."""
+KNOWN_VERSIONS = ("0.32",)
+"""Versions of vLLM whose source the hook was written from."""
 
 
 class VllmEngine:
-    """`Engine` over `vllm.LLMEngine`; the process of the actor becomes the engine's front end."""
+    """`Engine` over `vllm.LLMEngine`; the process of the actor becomes the engine's front end.
+
+    Args:
+        section: which model, how split.
+        capture: what a row holds.
+        window_tokens: most tokens of one sequence.
+        folder: the model, on this machine.
+        vocab_size: V.
+        path: "worker" or "flat" for that path and no other; "auto" for the worker path where it can be had.
+        more: further arguments of `vllm.EngineArgs`; they win.
+
+    Raises:
+        CannotCaptureError: rows hold what the path cannot give, or the path cannot be had.
+    """
 
     def __init__(
-        self, section: TeacherSection, capture: CaptureSection, window_tokens: int, folder: Path, vocab_size: int
+        self,
+        section: TeacherSection,
+        capture: CaptureSection,
+        window_tokens: int,
+        folder: Path,
+        vocab_size: int,
+        path: CapturePath = "auto",
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        if path == "flat":
+            _may_fall_back(path, None, capture.extra_temperatures)
         set_process_environment(section)
-        from vllm import EngineArgs, LLMEngine, SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         self._top_k, self._window, self._vocab = capture.top_k, window_tokens, vocab_size
+        self._temperatures = capture.extra_temperatures
         self._in_flight = _WAVES_IN_FLIGHT * max(section.batch_tokens, window_tokens)
-        self._engine: Any = LLMEngine.from_engine_args(
-            EngineArgs(**engine_arguments(section, capture, window_tokens, folder, vocab_size))
-        )
-        self._params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=capture.top_k,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
         self._request = itertools.count()
+        self._engine: Any = None
+        self._params: Any = None
+        arguments = partial(engine_arguments, section, capture, window_tokens, folder, vocab_size)
+        unknown = _unknown_version()
+        if path != "flat" and not unknown:
+            self._open(arguments(in_worker=True) | dict(more), in_worker=True)
+            unknown = self._install()
+            if not unknown:
+                self.path: CapturePath = "worker"
+                return
+            # Opened anew: the public path bounds the rows of a prompt's chunk, which the worker path need not.
+            self.close()
+        _may_fall_back(path, unknown, self._temperatures)
+        self._open(arguments(in_worker=False) | dict(more), in_worker=False)
+        self.path = "flat"
 
     @property
     def vocab_size(self) -> int:
         return self._vocab
 
-    def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
-        from vllm.inputs.engine import tokens_input
+    @property
+    def recomputed_rows(self) -> int:
+        """Rows that vLLM computed more than once after preemptions; many of them ask for a greater KV cache."""
+        return sum(self._engine.collective_rpc("capture_recomputed")) if self.path == "worker" else 0
 
+    def _open(self, arguments: dict[str, Any], in_worker: bool) -> None:
+        from vllm import EngineArgs, LLMEngine, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            # In the worker path any number makes the runner call the hook, which knows K itself.
+            prompt_logprobs=0 if in_worker else self._top_k,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _install(self) -> str | None:
+        arguments = (self._top_k, list(self._temperatures), self._vocab)
+        answers = self._engine.collective_rpc("capture_install", args=arguments)
+        return next((reason for reason in answers if reason), None)
+
+    def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
         results: list[TargetRows | str | None] = [refusal(s, self._vocab, self._window) for s in sequences]
         waiting = iter([i for i, reason in enumerate(results) if reason is None])
-        running: dict[str, int] = {}
-        queued = 0
+        running: dict[str, tuple[int, str]] = {}
+        finished: list[tuple[int, str]] = []
+        queued = ready = 0  # tokens; those whose rows wait in the worker count as queued, so its memory is bounded
         while True:
             while queued < self._in_flight and (i := next(waiting, None)) is not None:
-                name = f"s{next(self._request)}"
-                self._engine.add_request(name, tokens_input(sequences[i].tolist()), self._params)
-                running[name] = i
+                name, inside = self._submit(sequences[i])
+                running[name] = i, inside
                 queued += len(sequences[i])
             if not running:
                 break
             for output in self._step():
-                i = running.pop(output.request_id)
-                queued -= len(sequences[i])
-                results[i] = self._rows(output.prompt_logprobs, sequences[i])
+                i, inside = running.pop(output.request_id)
+                finished.append((i, inside))
+                ready += len(sequences[i])
+                if self.path == "flat":
+                    results[i] = self._flat_rows(output.prompt_logprobs, sequences[i])
+            if self.path == "flat" or not running or 2 * ready >= self._in_flight:
+                if self.path == "worker":
+                    for i, rows in self._fetch(finished, sequences):
+                        results[i] = rows
+                queued, ready, finished = queued - ready, 0, []
         return [r for r in results if r is not None]
+
+    def _submit(self, tokens: np.ndarray) -> tuple[str, str]:
+        """Queue one sequence; its name outside and inside the engine, which makes names unique."""
+        from vllm.inputs.engine import tokens_input
+
+        name = f"s{next(self._request)}"
+        return name, self._engine.add_request(name, tokens_input(tokens.tolist()), self._params)
+
+    def _fetch(
+        self, finished: list[tuple[int, str]], sequences: list[np.ndarray]
+    ) -> list[tuple[int, TargetRows | str]]:
+        """All their rows in one call, as bytes."""
+        answers = self._engine.collective_rpc("capture_fetch", args=([name for _, name in finished],))
+        data = b"".join(answers)
+        counts = [len(sequences[i]) - 1 for i, _ in finished]
+        words = row_words(self._top_k, self._temperatures)
+        if len(data) != 4 * words * sum(counts):
+            raise IntegrityError(
+                f"vLLM's workers gave {len(data)} bytes for {sum(counts)} rows of {4 * words}; rows are missing or "
+                "double. Use the vLLM version of the project's lock file"
+            )
+        parts = np.split(np.frombuffer(data, np.int32).reshape(-1, words), np.cumsum(counts)[:-1])
+        return [
+            (i, finite_or_reason(rows_from_words(part, self._top_k, self._temperatures)))
+            for (i, _), part in zip(finished, parts, strict=True)
+        ]
 
     def _step(self) -> list[Any]:
         try:
@@ -93,7 +181,7 @@ class VllmEngine:
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 
-    def _rows(self, flat: Any, tokens: np.ndarray) -> TargetRows | str:
+    def _flat_rows(self, flat: Any, tokens: np.ndarray) -> TargetRows | str:
         # Never iterate FlatLogprobs: that builds a dict for each position.
         rows = rows_from_flat(
             np.asarray(flat.token_ids),
@@ -106,60 +194,29 @@ class VllmEngine:
         return finite_or_reason(rows)
 
 
-def engine_arguments(
-    section: TeacherSection, capture: CaptureSection, window_tokens: int, folder: Path, vocab_size: int
-) -> dict[str, Any]:
-    """Arguments of `vllm.EngineArgs` for capture."""
-    # vLLM's CPU workers can bind their threads only in a process of their own, even a single one.
-    apart = section.tensor_parallel * section.pipeline_parallel > 1 or not section.use_gpu
-    on_gpu = {"gpu_memory_utilization": section.gpu_memory_share} if section.use_gpu else {}
-    return on_gpu | {
-        "model": str(folder),
-        "skip_tokenizer_init": True,
-        "dtype": section.dtype,
-        "quantization": section.quantization,
-        "trust_remote_code": section.trust_remote_code,
-        "tensor_parallel_size": section.tensor_parallel,
-        "pipeline_parallel_size": section.pipeline_parallel,
-        "distributed_executor_backend": "mp" if apart else None,
-        # A prompt of exactly max_model_len is rejected: there must be room for the one token that is generated.
-        "max_model_len": window_tokens + 1,
-        "max_num_batched_tokens": section.batch_tokens,
-        "max_num_seqs": min(256, section.batch_tokens),
-        # Of one request, so many rows meet the head at once as [rows, V] float32, outside vLLM's memory profile.
-        "long_prefill_token_threshold": min(window_tokens, max(64, _HEAD_BYTES // (4 * vocab_size))),
-        "max_logprobs": capture.top_k,
-        # With it, the rows of a shared prefix would be skipped.
-        "enable_prefix_caching": False,
-        "enforce_eager": not section.use_gpu,
-        "disable_log_stats": True,
-        "seed": 0,
-    }
+def _unknown_version() -> str | None:
+    import vllm
+
+    if ".".join(vllm.__version__.split(".")[:2]) in KNOWN_VERSIONS:
+        return None
+    return f"vLLM {vllm.__version__} is not one of {', '.join(KNOWN_VERSIONS)}"
 
 
-def set_process_environment(section: TeacherSection) -> None:
-    """What vLLM reads from the environment when it is imported; called in the actor's own process, before that."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if section.use_gpu:
-        return
-    # The scheduler then runs in this process beside the workers' own: one process and one import of vLLM less, and on
-    # CPUs the front end is never what the workers wait for.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(section.cpu_cache_gib)
-    # Ray sets this from num_cpus, a share that serves placement only; vLLM binds its threads itself.
-    os.environ.pop("OMP_NUM_THREADS", None)
-    ranks = section.tensor_parallel * section.pipeline_parallel
-    if ranks > 1:
-        # The automatic binding gives rank r the r-th NUMA node and fails where there are fewer nodes than ranks.
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads_bind(sorted(os.sched_getaffinity(0)), ranks)
-    else:
-        os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
+def _may_fall_back(path: CapturePath, unknown: str | None, temperatures: tuple[float, ...]) -> None:
+    """Say that the public path is taken, or refuse it.
 
-
-def threads_bind(cores: list[int], ranks: int) -> str:
-    """Cores of each rank, `0,1|2,3`; with more ranks than cores they share, `0|1|0`."""
-    if ranks >= len(cores):
-        return "|".join(str(cores[r % len(cores)]) for r in range(ranks))
-    share = len(cores) // ranks
-    return "|".join(",".join(map(str, cores[r * share : (r + 1) * share])) for r in range(ranks))
+    Raises:
+        CannotCaptureError: it was excluded, or cannot give the temperatures.
+    """
+    why = f" ({unknown})" if unknown else ""
+    if path == "worker":
+        raise CannotCaptureError(f"capture inside vLLM's workers cannot be had{why}; use the project's lock file")
+    if temperatures:
+        raise CannotCaptureError(
+            f"capture.temperatures={sorted({*temperatures, 1.0})}: no tail mass at T ≠ 1 by vLLM's public path{why}; "
+            'use the vLLM version of the project\'s lock file, teacher.engine = "transformers" or temperatures = [1.0]'
+        )
+    if path == "auto":
+        print(
+            f"teacher: vLLM's public path is used{why}: several times slower, no entropy", file=sys.stderr, flush=True
+        )

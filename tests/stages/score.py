@@ -9,14 +9,17 @@ import pickle
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from distill_ray import teacher
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.schema import TargetRows
+from distill_ray.teacher import CapturePath
+from distill_ray.teacher.vllm_engine import VllmEngine
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,36 @@ class Scored:
     rows: list[TargetRows | str]
     start_s: float
     score_s: float
+    path: str = ""
+    """The path that vLLM's rows took."""
+    recomputed_rows: int = 0
+    """Rows that vLLM computed more than once, after a preemption."""
+    output: str = ""
+    """What the process printed."""
 
 
-def score(section: TeacherSection, top_k: int, sequences: list[np.ndarray], folder: Path) -> Scored:
+@dataclass(frozen=True)
+class How:
+    """How to open vLLM, beyond its section."""
+
+    path: CapturePath = "auto"
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.EngineArgs`."""
+    vocab_size: int | None = None
+    """V instead of the model's own."""
+
+
+def score(
+    section: TeacherSection,
+    top_k: int,
+    sequences: list[np.ndarray],
+    folder: Path,
+    temperatures: tuple[float, ...] = (1.0,),
+    how: How | None = None,
+) -> Scored:
     """Score in a fresh process; `folder` takes the exchanged files."""
     request, result = folder / "request.pickle", folder / "result.pickle"
-    request.write_bytes(pickle.dumps((section, CaptureSection(top_k=top_k), sequences)))
+    request.write_bytes(pickle.dumps((section, CaptureSection(top_k=top_k, temperatures=temperatures), sequences, how)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.stages.score", str(request), str(result)],
         cwd=Path(__file__).resolve().parents[2],
@@ -41,16 +68,24 @@ def score(section: TeacherSection, top_k: int, sequences: list[np.ndarray], fold
     )
     if done.returncode:
         raise RuntimeError(f"the scoring process ended with {done.returncode}:\n{done.stdout[-4000:]}")
-    return pickle.loads(result.read_bytes())
+    return replace(pickle.loads(result.read_bytes()), output=done.stdout)
 
 
 def main(request: str, result: str) -> None:
-    section, capture, sequences = pickle.loads(Path(request).read_bytes())
+    section, capture, sequences, how = pickle.loads(Path(request).read_bytes())
+    window = max(map(len, sequences))
     started = time.monotonic()
-    engine = teacher.open_engine(section, capture, max(map(len, sequences)))
+    if how is None:
+        engine = teacher.open_engine(section, capture, window)
+    else:
+        model = Path(section.model)
+        vocab = how.vocab_size or teacher.vocabulary_size(model)
+        engine = VllmEngine(section, capture, window, model, vocab, how.path, how.more)
     opened = time.monotonic()
     rows = engine.score(sequences)
     scored = Scored(rows, opened - started, time.monotonic() - opened)
+    if isinstance(engine, VllmEngine):
+        scored = replace(scored, path=engine.path, recomputed_rows=engine.recomputed_rows)
     engine.close()
     Path(result).write_bytes(pickle.dumps(scored))
 

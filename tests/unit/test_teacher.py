@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,9 @@ from distill_ray.storage import open_storage
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher.engine import finite_or_reason, refusal
 from distill_ray.teacher.flat import log_tail, rows_from_flat
+from distill_ray.teacher.hook import CaptureWorker
 from distill_ray.teacher.transformers_engine import TransformersEngine, rows_from_logits
-from distill_ray.teacher.vllm_engine import engine_arguments, set_process_environment, threads_bind
+from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment, threads_bind
 from tests.assets import tiny_teacher_folder
 
 V, K = 50, 4
@@ -234,7 +236,7 @@ def test_soft_cap_inside_attention_is_honoured(tmp_path: Path) -> None:
 
 def test_open_engine_refuses_what_cannot_be_given(tmp_path: Path) -> None:
     with pytest.raises(CannotCaptureError, match="T ≠ 1"):
-        teacher.open_engine(_section(engine="vllm"), CaptureSection(temperatures=(2.0,)), 64)
+        teacher.open_engine(_section(engine="vllm"), CaptureSection(temperatures=(2.0,)), 64, "flat")
     with pytest.raises(UserError, match="use at most 512"):
         teacher.open_engine(_section(), CaptureSection(top_k=512).model_copy(update={"top_k": 513}), 64)
     with pytest.raises(UserError, match=r"no config\.json"):
@@ -398,6 +400,9 @@ def test_engine_arguments_for_capture() -> None:
     on_gpu = engine_arguments(_section(use_gpu=True, tensor_parallel=2), capture, 4096, Path("m"), 128_256)
     assert (on_gpu["gpu_memory_utilization"], on_gpu["distributed_executor_backend"]) == (0.9, "mp")
     assert on_gpu["long_prefill_token_threshold"] * 4 * 128_256 <= 2**29
+    inside = engine_arguments(_section(use_gpu=True), capture, 4096, Path("m"), 128_256, in_worker=True)
+    assert "long_prefill_token_threshold" not in inside
+    assert pkgutil.resolve_name(inside["worker_extension_cls"]) is CaptureWorker
     one = engine_arguments(_section(use_gpu=True), capture, 4096, Path("m"), 128_256)
     assert one["distributed_executor_backend"] is None
 

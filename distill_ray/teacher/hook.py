@@ -1,0 +1,139 @@
+"""What runs inside vLLM's workers: `worker_extension_cls="distill_ray.teacher.hook.CaptureWorker"`.
+
+vLLM adds the methods below to its worker class, and the front end calls them by `collective_rpc`. `capture_install`
+replaces the method by which that worker's model runner computes prompt log-probabilities. The runner goes on calling it
+once a step, on every tensor-parallel rank of the last pipeline stage, for the requests that ask for prompt
+log-probabilities; it returns nothing, so the front end has nothing to build.
+
+Written from the source of vLLM 0.32: `v1/worker/gpu_model_runner.py` (V1, also the CPU's) and
+`v1/worker/gpu/model_runner.py` with `gpu/sample/prompt_logprob.py` (V2). The V1 hook is run by the tests, on CPUs. The
+V2 hook was not run on a GPU; its tests give it the runner's data structures.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill_ray.teacher.head import ShardHead, UnknownEngineError
+from distill_ray.teacher.spans import Span, actual_v1, actual_v2, rows_of, spans_v1, spans_v2
+from distill_ray.teacher.store import RowStore
+from distill_ray.teacher.tiles import TileReducer
+
+Take = Callable[[list[Span], torch.Tensor, torch.Tensor], None]
+"""(spans, hidden states of the step, actual next tokens) → rows kept."""
+
+_V1 = ["hidden_states", "num_scheduled_tokens"]
+_V2 = ["logits_fn", "hidden_states", "input_batch", "all_token_ids", "num_computed_tokens", "prompt_lens"]
+
+
+class CaptureWorker:
+    """Methods added to a vLLM worker."""
+
+    @torch.inference_mode()
+    def capture_install(self, top_k: int, temperatures: list[float], vocab_size: int) -> str:
+        """Make this worker's model runner capture target rows.
+
+        Args:
+            top_k: K.
+            temperatures: the T ≠ 1.
+            vocab_size: V of the model's config.
+
+        Returns:
+            An empty text, or why this engine is not one that capture knows.
+        """
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        # Set here and not in the class: vLLM refuses an extension with a name that its worker has already.
+        self._capture_store: RowStore | None = None
+        if not get_pp_group().is_last_rank:
+            return ""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        keep = get_tp_group().is_first_rank
+        store = RowStore()
+        try:
+            config = runner.model_config
+            head = ShardHead(runner.model, vocab_size, config.get_hidden_size(), config.dtype, runner.device)
+            reducer = TileReducer(head, get_tp_group(), top_k, tuple(temperatures))
+            install(runner, _taker(reducer, store if keep else None))
+        except (UnknownEngineError, AttributeError, ImportError) as error:
+            return f"{type(error).__name__}: {error}"
+        self._capture_store = store if keep else None
+        return ""
+
+    def capture_fetch(self, requests: list[str]) -> bytes:
+        """Words of finished requests, in the order of the names; nothing from a worker that keeps none."""
+        return b"" if self._capture_store is None else self._capture_store.pop(requests)
+
+    def capture_recomputed(self) -> int:
+        """Fetched rows that vLLM computed more than once, because it had preempted their prompts."""
+        return 0 if self._capture_store is None else self._capture_store.recomputed
+
+
+def install(runner: Any, take: Take) -> None:
+    """Hook into a V1 or V2 model runner.
+
+    Raises:
+        UnknownEngineError: neither, or its method takes other arguments.
+    """
+    worker = getattr(runner, "prompt_logprobs_worker", None)
+    if worker is not None:
+        _expect(worker, "compute_prompt_logprobs", _V2)
+        _expect_attributes(worker, ("uses_prompt_logprobs",))
+        worker.compute_prompt_logprobs = _hook_v2(worker, take)
+    else:
+        _expect(runner, "_get_prompt_logprobs_dict", _V1)
+        _expect_attributes(runner, ("num_prompt_logprobs", "requests", "query_start_loc", "input_batch"))
+        runner._get_prompt_logprobs_dict = _hook_v1(runner, take)
+
+
+def _expect(owner: Any, method: str, parameters: list[str]) -> None:
+    found = getattr(owner, method, None)
+    if found is None:
+        raise UnknownEngineError(f"{type(owner).__name__} has no {method}")
+    if list(inspect.signature(found).parameters) != parameters:
+        raise UnknownEngineError(f"{type(owner).__name__}.{method} takes {inspect.signature(found)}, not {parameters}")
+
+
+def _expect_attributes(owner: Any, names: tuple[str, ...]) -> None:
+    if missing := [n for n in names if not hasattr(owner, n)]:
+        raise UnknownEngineError(f"{type(owner).__name__} has no {', '.join(missing)}")
+
+
+def _taker(reducer: TileReducer, store: RowStore | None) -> Take:
+    def take(spans: list[Span], hidden_ND: torch.Tensor, actual_R: torch.Tensor) -> None:
+        words = reducer.reduce(hidden_ND, rows_of(spans), actual_R)
+        if store is not None:
+            store.add(spans, words)
+
+    return take
+
+
+def _hook_v1(runner: Any, take: Take) -> Callable[..., dict[str, Any]]:
+    def capture(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+        if runner.num_prompt_logprobs and (spans := spans_v1(runner, num_scheduled_tokens)):
+            take(spans, hidden_states, actual_v1(runner, spans))
+        return {}
+
+    return capture
+
+
+def _hook_v2(worker: Any, take: Take) -> Callable[..., dict[str, Any]]:
+    def capture(
+        logits_fn: Any,
+        hidden_states: torch.Tensor,
+        input_batch: Any,
+        all_token_ids: torch.Tensor,
+        num_computed_tokens: torch.Tensor,
+        prompt_lens: np.ndarray,
+    ) -> dict[str, Any]:
+        del logits_fn, num_computed_tokens
+        if spans := spans_v2(worker.uses_prompt_logprobs, input_batch, prompt_lens):
+            take(spans, hidden_states, actual_v2(spans, input_batch, all_token_ids))
+        return {}
+
+    return capture

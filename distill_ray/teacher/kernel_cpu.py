@@ -1,0 +1,291 @@
+"""Top-k, log-sum-exp and entropy of a logits tile on a CPU: compiled, vectorised, a thread for each core.
+
+Each row is read from memory once; the second look at it finds it in the cache.
+1. Columns are parted in groups of 16 (every 64th of 1,024, so that the maxima of 64 groups are one vector loop). The
+   (K+1)-th greatest group maximum bounds the (K+1)-th greatest logit from below, so only the groups that reach it, K+1
+   or a few more, are searched with a heap.
+2. Block by block, the sums over everything that is not kept, in float32 within a block and float64 over blocks.
+
+Legend: R rows, W columns, K kept, S temperatures (the first is 1).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+_STRIDE = 64
+"""Columns between two of one group."""
+_CHUNK = 16 * _STRIDE
+"""Columns of 64 groups."""
+_BLOCK = 2048
+_INF = np.float32(np.inf)
+_LOG2_E = np.float32(1 / math.log(2))
+_LN_2 = math.log(2)
+_C = tuple(np.float32(_LN_2**n / math.factorial(n)) for n in range(7))
+"""Taylor coefficients of 2^f; on |f| ≤ ½ the first one left out adds less than 1.3e-7."""
+_BF16_MINUS_INF = np.int16(-128)
+
+
+def _emit_floor(context: Any, value: Any) -> Any:
+    def emit(c: Any, builder: Any, s: Any, args: Any) -> Any:
+        return builder.call(builder.module.declare_intrinsic("llvm.floor", [ir.FloatType()]), args)
+
+    return types.float32(types.float32), emit
+
+
+def _emit_scaled(context: Any, value: Any, exponent: Any) -> Any:
+    """value · 2^exponent for an integral float32 exponent, by its bits; in 32-bit integers, so that it vectorises."""
+
+    def emit(c: Any, builder: Any, s: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        shifted = builder.shl(builder.fptosi(args[1], word), ir.Constant(word, 23))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], word), shifted), ir.FloatType())
+
+    return types.float32(types.float32, types.float32), emit
+
+
+def _emit_load(context: Any, value: Any) -> Any:
+    """A logit as float32; an int16 holds the bits of a bfloat16."""
+    if value == types.float32:
+        return types.float32(types.float32), lambda c, builder, s, args: args[0]
+
+    def widen(c: Any, builder: Any, s: Any, args: Any) -> Any:
+        high = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(high, ir.FloatType())
+
+    return types.float32(types.int16), widen
+
+
+_floor: Any = intrinsic(_emit_floor)
+_times_power_of_2: Any = intrinsic(_emit_scaled)
+_load: Any = intrinsic(_emit_load)
+
+
+# A function compiled from within a fastmath one is fastmath itself: the usual rounding by (y + M) − M would be y.
+@njit(nogil=True, cache=True)
+def _exp2(y: Any) -> Any:
+    """2^y for y in [−126, 0]."""
+    n = _floor(y + np.float32(0.5))
+    f = y - n
+    p = _C[5] + f * _C[6]
+    p = _C[4] + f * p
+    p = _C[3] + f * p
+    p = _C[2] + f * p
+    p = _C[1] + f * p
+    return _times_power_of_2(_C[0] + f * p, n)
+
+
+# Slices, indexed from 0: with start + i as the index, a test for negative ones would keep the loops scalar.
+@njit(nogil=True, cache=True)
+def _group_maxima(z_W: Any, maxima: Any) -> int:
+    """Fill `maxima`; the number of groups, 64 for each chunk begun. NaN is never a maximum."""
+    n_groups = (len(z_W) + _CHUNK - 1) // _CHUNK * _STRIDE
+    for c in range(n_groups // _STRIDE):
+        best = maxima[c * _STRIDE : (c + 1) * _STRIDE]
+        best[:] = -_INF
+        for start in range(c * _CHUNK, min((c + 1) * _CHUNK, len(z_W)), _STRIDE):
+            z = z_W[start : start + _STRIDE]
+            for j in range(len(z)):
+                value = _load(z[j])
+                best[j] = value if value > best[j] else best[j]
+    return n_groups
+
+
+@njit(nogil=True, cache=True)
+def _sift_down(values: Any, ids: Any, size: int, at: int) -> None:
+    """Min-heap: at the root the least value, among equal ones the one with the highest id."""
+    value, id_ = values[at], ids[at]
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        other = child + 1
+        if other < size and (
+            values[other] < values[child] or (values[other] == values[child] and ids[other] > ids[child])
+        ):
+            child = other
+        if values[child] > value or (values[child] == value and ids[child] < id_):
+            break
+        values[at], ids[at] = values[child], ids[child]
+        at = child
+    values[at], ids[at] = value, id_
+
+
+@njit(nogil=True, cache=True)
+def _offer(values: Any, ids: Any, size: int, value: Any, id_: int) -> int:
+    """Offer a value to a heap of room len(values); its size then."""
+    if size < len(values):
+        values[size], ids[size] = value, id_
+        size += 1
+        if size == len(values):
+            for at in range(size // 2 - 1, -1, -1):
+                _sift_down(values, ids, size, at)
+    elif value > values[0] or (value == values[0] and id_ < ids[0]):
+        values[0], ids[0] = value, id_
+        _sift_down(values, ids, size, 0)
+    return size
+
+
+@njit(nogil=True, cache=True)
+def _select(z_W: Any, values: Any, ids: Any, maxima: Any) -> None:
+    """The len(values) greatest, in descending order, equal ones by ascending column. W ≥ len(values)."""
+    room = len(values)
+    groups = _group_maxima(z_W, maxima)
+    threshold = -_INF
+    if groups >= room:
+        size = 0
+        for g in range(groups):
+            # Tested here too: a call costs several times the test, and nearly all fail it.
+            if size < room or maxima[g] > threshold:
+                size = _offer(values, ids, size, maxima[g], g)
+                threshold = values[0] if size == room else -_INF
+    size = 0
+    for g in range(groups):
+        if maxima[g] >= threshold:
+            start = g // _STRIDE * _CHUNK + g % _STRIDE
+            for i in range(start, min(start + _CHUNK, len(z_W)), _STRIDE):
+                value = _load(z_W[i])
+                if value >= threshold:
+                    size = _offer(values, ids, size, value, i)
+    for at in range(size, room):  # only in a row with NaN, which is refused
+        values[at], ids[at] = -_INF, 0
+    for end in range(size - 1, 0, -1):  # a full heap, sorted in place
+        values[0], values[end] = values[end], values[0]
+        ids[0], ids[end] = ids[end], ids[0]
+        _sift_down(values, ids, end, 0)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+def _block_counts(z: Any, top: Any, actual: Any, gaps: Any) -> Any:
+    """Fill `gaps` with z − top; how many logits exceed `actual`, and how many are NaN."""
+    greater = np.float32(0)
+    bad = np.float32(0)
+    for i in range(len(z)):
+        value = _load(z[i])
+        gaps[i] = value - top
+        greater += np.float32(1) if value > actual else np.float32(0)
+        bad += np.float32(1) if value != value else np.float32(0)
+    return greater, bad
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+def _block_sum(gaps: Any, count: int, scale: Any) -> Any:
+    total = np.float32(0)
+    for i in range(count):
+        total += _exp2(max(gaps[i] * scale, np.float32(-126)))
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+def _block_sum_weighted(gaps: Any, count: int) -> Any:
+    """Σ e^d and Σ e^d·(−d) / ln 2."""
+    total = np.float32(0)
+    weighted = np.float32(0)
+    for i in range(count):
+        y = max(gaps[i] * _LOG2_E, np.float32(-126))
+        e = _exp2(y)
+        total += e
+        weighted -= e * y
+    return total, weighted
+
+
+@njit(nogil=True, cache=True)
+def _reduce_rows(
+    z_RW: Any, minus_inf: Any, actual_R: Any, scales: Any, begin: int, end: int,
+    values_RK: Any, ids_RK: Any, greater_R: Any, rest_max_R: Any, rest_sum_RS: Any, rest_entropy_R: Any,
+) -> None:  # fmt: skip
+    width, top_k, n_sums = z_RW.shape[1], values_RK.shape[1], len(scales)
+    room = min(top_k + 1, width)
+    values, ids = np.empty(room, np.float32), np.empty(room, np.int32)
+    maxima = np.empty((width + _CHUNK - 1) // _CHUNK * _STRIDE, np.float32)
+    gaps = np.empty(_BLOCK, np.float32)
+    sums = np.empty(n_sums, np.float64)
+    for r in range(begin, end):
+        z_W = z_RW[r]
+        _select(z_W, values, ids, maxima)
+        greatest = values[top_k] if room > top_k else -_INF
+        greater = 0.0
+        for i in range(min(room, top_k)):
+            values_RK[r, i], ids_RK[r, i] = values[i], ids[i]
+            greater += 1.0 if values[i] > actual_R[r] else 0.0
+            z_W[ids[i]] = minus_inf
+        top = greatest if greatest > -_INF else np.float32(0)
+        bad, weighted = 0.0, 0.0
+        sums[:] = 0.0
+        for start in range(0, width, _BLOCK):
+            stop = min(start + _BLOCK, width)
+            more, nans = _block_counts(z_W[start:stop], top, actual_R[r], gaps)
+            greater += more
+            bad += nans
+            total, more = _block_sum_weighted(gaps, stop - start)
+            sums[0] += total
+            weighted += more
+            for s in range(1, n_sums):
+                sums[s] += _block_sum(gaps, stop - start, scales[s])
+        greater_R[r] = int(greater)
+        rest_max_R[r] = greatest
+        for s in range(n_sums):
+            rest_sum_RS[r, s] = np.log(sums[s]) if greatest > -_INF else 0.0
+        rest_entropy_R[r] = np.log(sums[0]) + weighted * _LN_2 / sums[0] if greatest > -_INF else 0.0
+        if bad > 0:
+            rest_sum_RS[r, :] = np.nan
+            rest_max_R[r] = np.nan
+
+
+def reduce_rows(
+    logits_RW: torch.Tensor, actual_R: torch.Tensor, top_k: int, temperatures: tuple[float, ...]
+) -> tuple[torch.Tensor, ...]:
+    """The columns of `reduction.ShardRows`, in its order, for a tile whose column 0 has id 0.
+
+    The kept logits in the tile are overwritten.
+
+    Args:
+        logits_RW: [R, W] float32 or bfloat16 in host memory, its columns adjacent; W ≥ 1.
+        actual_R: [R] float32.
+        top_k: K.
+        temperatures: the T ≠ 1.
+    """
+    n_rows = len(logits_RW)
+    if logits_RW.dtype is torch.bfloat16:
+        z_RW, minus_inf = logits_RW.view(torch.int16).numpy(), _BF16_MINUS_INF
+    else:
+        z_RW, minus_inf = logits_RW.numpy(), -_INF
+    scales = np.array([_LOG2_E / t for t in (1.0, *temperatures)], np.float32)
+    out = (
+        np.full((n_rows, top_k), -_INF),
+        np.zeros((n_rows, top_k), np.int32),
+        np.empty(n_rows, np.int32),
+        np.empty(n_rows, np.float32),
+        np.empty((n_rows, len(scales)), np.float32),
+        np.empty(n_rows, np.float32),
+    )
+
+    def rows(begin: int, end: int) -> None:
+        _reduce_rows(z_RW, minus_inf, actual_R.numpy(), scales, begin, end, *out)
+
+    threads = torch.get_num_threads()
+    if threads == 1 or n_rows < 2 * threads:
+        rows(0, n_rows)
+    else:
+        bounds = np.linspace(0, n_rows, 4 * threads + 1).astype(int).tolist()
+        list(_pool(threads).map(rows, bounds[:-1], bounds[1:]))
+    return tuple(torch.from_numpy(column) for column in out)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads on the cores of torch's own: a thread of Python would inherit the main thread's, which vLLM binds."""
+    allowed = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    bound = set().union(*(cores for cores in allowed if len(cores) == 1))
+    own = bound if len(bound) == threads else set().union(*allowed)
+    return ThreadPoolExecutor(threads, "reduce", lambda: os.sched_setaffinity(0, own))

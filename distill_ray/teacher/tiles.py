@@ -1,0 +1,85 @@
+"""Hidden states of a step → target rows, tile by tile, on every tensor-parallel rank at once.
+
+Across ranks go the logit of the actual next token, then K pairs and a few numbers a row; never the vocabulary.
+
+Legend: R rows, D model width, W columns of a shard, K kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill_ray.teacher.head import ShardHead
+from distill_ray.teacher.reduction import ShardRows, from_words, merge, reduce_tile, to_words
+from distill_ray.teacher.wire import row_words
+
+_TILE_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Most bytes of logits that exist at once: about a CPU's caches; on a GPU it is outside vLLM's memory profile."""
+
+
+class TileReducer:
+    """All prompt rows of one step in one pass over the head.
+
+    Args:
+        head: this rank's shard of the head.
+        group: vLLM's tensor-parallel `GroupCoordinator`.
+        top_k: K.
+        temperatures: the T ≠ 1.
+    """
+
+    def __init__(self, head: ShardHead, group: Any, top_k: int, temperatures: tuple[float, ...]) -> None:
+        self._head, self._group = head, group
+        self._top_k, self._temperatures = top_k, temperatures
+
+    def reduce(self, hidden_ND: torch.Tensor, rows_R: np.ndarray, actual_R: torch.Tensor) -> torch.Tensor:
+        """[R, words] int32, the rows in the layout of `wire`; the same on every rank.
+
+        Args:
+            hidden_ND: hidden states of the whole step.
+            rows_R: int64 which of them are prompt rows.
+            actual_R: int64 actual next token of each.
+        """
+        words = row_words(self._top_k, self._temperatures)
+        out = torch.empty(len(rows_R), words, dtype=torch.int32, device=hidden_ND.device)
+        # As many rows on every rank: shards are padded to one width.
+        most = _TILE_BYTES.get(hidden_ND.device.type, _TILE_BYTES["cpu"])
+        step = max(1, most // (self._head.width * self._head.itemsize))
+        unbroken = int(rows_R[-1] - rows_R[0]) == len(rows_R) - 1
+        index_R = None if unbroken else torch.from_numpy(rows_R).to(hidden_ND.device, non_blocking=True)
+        for a in range(0, len(rows_R), step):
+            b = min(a + step, len(rows_R))
+            first = int(rows_R[a])
+            tile_RD = hidden_ND[first : first + b - a] if index_R is None else hidden_ND[index_R[a:b]]
+            out[a:b] = self._tile(self._head.logits(tile_RD), actual_R[a:b])
+        return out
+
+    def _tile(self, logits_RW: torch.Tensor, actual_R: torch.Tensor) -> torch.Tensor:
+        logit_R = self._actual_logit(logits_RW, actual_R)
+        shards = [
+            reduce_tile(logits_RW[:, c.start : c.stop], c.first_id, logit_R, self._top_k, self._temperatures)
+            for c in self._head.columns
+        ]
+        if self._head.tp_size > 1:
+            shards = self._gathered(shards)
+        return merge(shards, logit_R, self._temperatures)
+
+    def _actual_logit(self, logits_RW: torch.Tensor, actual_R: torch.Tensor) -> torch.Tensor:
+        """[R] float32 logit of the actual next token, from the rank that holds it."""
+        own_R = torch.full(actual_R.shape, float("-inf"), dtype=torch.float32, device=actual_R.device)
+        for c in self._head.columns:
+            at_R = actual_R - c.first_id
+            inside_R = (at_R >= 0) & (at_R < c.stop - c.start)
+            value_R = logits_RW.gather(1, torch.where(inside_R, at_R + c.start, 0)[:, None])[:, 0].float()
+            own_R = torch.where(inside_R, value_R, own_R)
+        if self._head.tp_size > 1:
+            own_R = self._group.all_gather(own_R[None], dim=0).amax(0)
+        return own_R
+
+    def _gathered(self, shards: list[ShardRows]) -> list[ShardRows]:
+        """The shards of all ranks, in ascending order of ids: all base vocabularies, then all added ones."""
+        own = torch.stack([to_words(s) for s in shards])
+        parts = self._group.all_gather(own[None], dim=0)
+        return [from_words(parts[rank, i], self._top_k) for i in range(len(shards)) for rank in range(len(parts))]

@@ -1,0 +1,161 @@
+"""Rows captured inside vLLM's workers against those of its public path, row by row, on the same sequences.
+
+Every engine starts in a process of its own. The engines here mix the chunks of several prompts in one step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from distill_ray.config.sections import TeacherSection
+from distill_ray.schema import TargetRows
+from tests.assets import TINY_VOCAB, prose_topics, smollm2_folder, tiny_llama_folder
+from tests.stages.score import How, Scored, score
+
+K = 64
+LENGTHS = (200, 57, 2, 133, 90, 17, 64, 65, 128, 200, 31)
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+CHUNKED = {"long_prefill_token_threshold": 64}
+"""vLLM takes at most 64 tokens of a prompt in one step."""
+TIGHT = {
+    "long_prefill_token_threshold": 16,
+    "scheduler_reserve_full_isl": False,
+    "num_gpu_blocks_override": 18,
+    "block_size": 16,
+}
+"""Room in the KV cache for less than two of the longest prompts, given to as many prompts as a step takes."""
+
+
+def _section(folder: Path, **changes: object) -> TeacherSection:
+    base = {"model": str(folder), "engine": "vllm", "dtype": "float32", "use_gpu": False, "batch_tokens": 256}
+    return TeacherSection.model_validate(base | changes)
+
+
+def _sequences(folder: Path) -> list[np.ndarray]:
+    text = max(prose_topics().values(), key=len)
+    ids = np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, np.int32)
+    starts = np.concatenate([[0], np.cumsum(LENGTHS)])
+    return [ids[a : a + n] for a, n in zip(starts, LENGTHS, strict=False)]
+
+
+def _rows(scored: Scored, path: str) -> list[TargetRows]:
+    assert scored.path == path
+    print(f"{path}: start {scored.start_s:.1f} s, {sum(LENGTHS)} tokens in {scored.score_s:.1f} s")
+    rows = [r for r in scored.rows if isinstance(r, TargetRows)]
+    assert [len(r.log_tail_N) for r in rows] == [n - 1 for n in LENGTHS]
+    return rows
+
+
+def _assert_same(worker: Scored, flat: Scored, tolerance: float = 1e-3) -> None:
+    """ids equal but for ties within the tolerance, |Δ log p| ≤ tolerance, ranks and tails to match."""
+    worst, swapped, rows_seen = 0.0, 0, 0
+    for got, want in zip(_rows(worker, "worker"), _rows(flat, "flat"), strict=True):
+        rows_seen += len(got.log_tail_N)
+        worst = max(worst, float(np.abs(got.logprobs_NK - want.logprobs_NK).max()))
+        worst = max(worst, float(np.abs(got.actual_logprob_N - want.actual_logprob_N).max()))
+        np.testing.assert_allclose(np.exp(got.log_tail_N), np.exp(want.log_tail_N), atol=tolerance)
+        different = got.ids_NK != want.ids_NK
+        swapped += int(different.sum())
+        for t, place in zip(*np.nonzero(different), strict=True):
+            # Such an id stands elsewhere in the other row, or outside it, at a value that close.
+            at = np.flatnonzero(want.ids_NK[t] == got.ids_NK[t, place])
+            other = want.logprobs_NK[t, at[0]] if len(at) else want.logprobs_NK[t, -1]
+            assert abs(other - got.logprobs_NK[t, place]) <= 2 * tolerance
+        clear = np.abs(np.diff(want.logprobs_NK)).min(1) > 2 * tolerance
+        kept = (got.ids_NK[:, :, None] == got.ids_NK[:, None, :]).sum((1, 2)) == K  # no id twice
+        assert kept.all()
+        inside = (want.actual_rank_N <= K) & clear
+        np.testing.assert_array_equal(got.actual_rank_N[inside], want.actual_rank_N[inside])
+        assert got.entropy_N is not None
+        assert (got.entropy_N > 0).all()
+    print(f"{rows_seen} rows: largest |Δ log p| {worst:.2e}, {swapped} ids in another place")
+    assert worst <= tolerance
+
+
+def _both(folder: Path, tmp_path: Path, more: dict[str, Any], **changes: object) -> tuple[Scored, Scored]:
+    section, sequences = _section(folder, **changes), _sequences(folder)
+    worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", more))
+    return worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED))
+
+
+def test_worker_path_is_the_public_path(tmp_path: Path) -> None:
+    _assert_same(*_both(smollm2_folder(), tmp_path, CHUNKED))
+
+
+def _whole(folder: Path, sequences: list[np.ndarray], tmp_path: Path, **changes: object) -> list[np.ndarray]:
+    """[N, V] float64 log-probabilities of all V ids, by the engine itself."""
+    scored = score(_section(folder, **changes), TINY_VOCAB, sequences, tmp_path, (1.0,), How("flat", CHUNKED))
+    dense = []
+    for rows in _rows(scored, "flat"):
+        out = np.empty(rows.logprobs_NK.shape)
+        np.put_along_axis(out, rows.ids_NK, rows.logprobs_NK.astype(np.float64), 1)
+        dense.append(out)
+    return dense
+
+
+def _assert_exact(rows: TargetRows, logprobs: np.ndarray) -> None:
+    """Entropy, and the tail and the normaliser at every temperature, against float64; relative 1e-3."""
+    assert list(rows.log_tail_at) == [0.5, 2.0, 4.0]
+    p = np.exp(logprobs)
+    np.testing.assert_allclose(rows.entropy_N, -(p * logprobs).sum(1), rtol=1e-3)
+    outside = np.ones(p.shape, bool)
+    np.put_along_axis(outside, rows.ids_NK, False, 1)
+    for t, log_tail in {1.0: rows.log_tail_N, **rows.log_tail_at}.items():
+        q = np.exp(logprobs / t)
+        np.testing.assert_allclose(np.exp(log_tail), (q * outside).sum(1) / q.sum(1), rtol=1e-3)
+        # a_T = log Σ p^{1/T}, as a decoder has it: the kept ids and the tail at T.
+        kept = np.log(np.exp(rows.logprobs_NK.astype(np.float64) / t).sum(1))
+        np.testing.assert_allclose(np.exp(kept - np.log1p(-np.exp(log_tail.astype(np.float64)))), q.sum(1), rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [None, 500], ids=["whole", "padded"])
+def test_tensor_parallel_2(tmp_path: Path, rows: int | None) -> None:
+    # 500 rows are padded by vLLM to 512: 256 on the first rank, 244 and padding on the second.
+    folder = tiny_llama_folder(vocab=TINY_VOCAB, rows=rows, hidden=128, heads=4)
+    sequences = [np.minimum(s, (rows or TINY_VOCAB) - 1) for s in _sequences(folder)]
+    section = _section(folder, tensor_parallel=2)
+    worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", CHUNKED))
+    _assert_same(worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED)))
+    if rows is None:
+        for got, dense in zip(_rows(worker, "worker"), _whole(folder, sequences, tmp_path), strict=True):
+            _assert_exact(got, dense)
+
+
+@pytest.mark.slow
+def test_pipeline_parallel_2(tmp_path: Path) -> None:
+    folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
+    section, sequences = _section(folder, pipeline_parallel=2), _sequences(folder)
+    worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", CHUNKED))
+    _assert_same(worker, score(_section(folder), K, sequences, tmp_path, (1.0,), How("flat", CHUNKED)))
+
+
+@pytest.mark.slow
+def test_an_engine_forced_to_preempt(tmp_path: Path) -> None:
+    folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
+    worker, flat = _both(folder, tmp_path, TIGHT)
+    assert worker.recomputed_rows > 0  # so there was preemption
+    _assert_same(worker, flat)
+
+
+@pytest.mark.slow
+def test_bfloat16(tmp_path: Path) -> None:
+    # Both paths run the same bf16 forward; logits tie often.
+    _assert_same(*_both(smollm2_folder(), tmp_path, CHUNKED, dtype="bfloat16"))
+
+
+@pytest.mark.slow
+def test_an_unknown_engine_falls_back_and_says_so(tmp_path: Path) -> None:
+    folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
+    sequences = _sequences(folder)
+    # A head of 512 ids where 600 are expected is none that capture knows; the engine is opened anew.
+    scored = score(_section(folder), K, sequences, tmp_path, (1.0,), How("auto", CHUNKED, 600))
+    assert len(_rows(scored, "flat")) == len(LENGTHS)
+    assert scored.output.count("vLLM's public path is used (UnknownEngineError: the head gives 512 ids") == 1
+    with pytest.raises(RuntimeError, match=r"CannotCaptureError.*no tail mass at T ≠ 1"):
+        score(_section(folder), K, sequences, tmp_path, (1.0, 2.0), How("auto", CHUNKED, 600))

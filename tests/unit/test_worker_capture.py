@@ -1,0 +1,151 @@
+"""Capture inside a worker without vLLM: prompt rows of a step for both model runners, the store, the guard.
+
+The runners here hold the very attributes that the hooks read, filled as vLLM 0.32 fills them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distill_ray.teacher.head import UnknownEngineError
+from distill_ray.teacher.hook import install
+from distill_ray.teacher.spans import Span, rows_of
+from distill_ray.teacher.store import RowStore
+
+PROMPTS = {"a": [5, 6, 7, 8, 9], "b": [1, 2], "c": [3, 4, 5, 6]}
+
+
+class RunnerV1:
+    """The part of vLLM's V1 `GPUModelRunner` that has to do with prompt log-probabilities."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.num_prompt_logprobs = dict.fromkeys(PROMPTS, 0)
+        self.requests = {r: SimpleNamespace(num_computed_tokens=0, prompt_token_ids=p) for r, p in PROMPTS.items()}
+        self.query_start_loc = SimpleNamespace(np=np.zeros(9, np.int32))
+        table = np.zeros((8, 16), np.int32)
+        for i, prompt in enumerate(PROMPTS.values()):
+            table[i, : len(prompt)] = prompt
+        self.input_batch = SimpleNamespace(req_id_to_index={r: i for i, r in enumerate(PROMPTS)}, token_ids_cpu=table)
+
+    def _get_prompt_logprobs_dict(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict:
+        raise AssertionError("replaced by the hook")
+
+    def step(self, scheduled: dict[str, int]) -> dict:
+        """One step: rows of the hidden states are laid out in the order of the batch."""
+        counts = [scheduled.get(r, 0) for r in PROMPTS]
+        self.query_start_loc.np[1 : 1 + len(counts)] = np.cumsum(counts)
+        hidden = torch.arange(sum(counts), dtype=torch.float32)[:, None]
+        out = self._get_prompt_logprobs_dict(hidden, scheduled)
+        for r, n in scheduled.items():
+            self.requests[r].num_computed_tokens += n
+        return out
+
+
+@dataclass
+class Taken:
+    spans: list[list[Span]] = field(default_factory=list)
+    actual: list[list[int]] = field(default_factory=list)
+
+    def __call__(self, spans: list[Span], hidden: torch.Tensor, actual: torch.Tensor) -> None:
+        assert len(actual) == sum(s.count for s in spans)
+        assert rows_of(spans).max() < len(hidden)
+        self.spans.append(spans)
+        self.actual.append(actual.tolist())
+
+
+def test_v1_rows_under_chunked_prefill() -> None:
+    runner, taken = RunnerV1(), Taken()
+    install(runner, taken)
+    assert runner.step({"a": 3, "b": 2}) == {}
+    assert taken.spans[-1] == [Span("a", 0, 0, 3, 4), Span("b", 3, 0, 1, 1)]
+    assert taken.actual[-1] == [6, 7, 8, 2]
+    assert list(runner.num_prompt_logprobs) == ["a", "c"]
+    runner.step({"a": 1, "c": 4})  # "a" has had its last row, but its last token is still to come
+    assert taken.spans[-1] == [Span("a", 0, 3, 1, 4), Span("c", 1, 0, 3, 3)]
+    assert taken.actual[-1] == [9, 4, 5, 6]
+    assert list(runner.num_prompt_logprobs) == ["a"]
+    runner.step({"a": 1})  # no row left: the hook ends the request and takes nothing
+    assert len(taken.spans) == 2
+    assert not runner.num_prompt_logprobs
+
+
+def test_v1_rows_after_preemption_come_again() -> None:
+    runner, taken = RunnerV1(), Taken()
+    install(runner, taken)
+    runner.step({"a": 3})
+    runner.requests["a"].num_computed_tokens = 0  # preempted: all its blocks are gone
+    runner.step({"b": 2})
+    runner.step({"a": 5})
+    assert [(s.start, s.count) for spans in taken.spans for s in spans if s.request == "a"] == [(0, 3), (0, 4)]
+
+
+class PromptLogprobsWorkerV2:
+    def __init__(self, slots: int) -> None:
+        self.uses_prompt_logprobs = np.zeros(slots, bool)
+
+    def compute_prompt_logprobs(
+        self, logits_fn: Any, hidden_states: Any, input_batch: Any, all_token_ids: Any, num_computed_tokens: Any,
+        prompt_lens: Any,
+    ) -> dict:  # fmt: skip
+        raise AssertionError("replaced by the hook")
+
+
+def test_v2_rows() -> None:
+    worker, taken = PromptLogprobsWorkerV2(8), Taken()
+    install(SimpleNamespace(prompt_logprobs_worker=worker), taken)
+    worker.uses_prompt_logprobs[[4, 2, 6]] = True
+    table, lengths = torch.zeros(8, 16, dtype=torch.int32), np.zeros(8, np.int32)
+    for slot, prompt in zip((4, 2, 6), PROMPTS.values(), strict=True):
+        table[slot, : len(prompt)] = torch.tensor(prompt)
+        lengths[slot] = len(prompt)
+    lengths[0] = 3
+    batch = SimpleNamespace(
+        req_ids=["a", "decoding", "b", "c"],
+        idx_mapping_np=np.array([4, 0, 2, 6]),
+        num_computed_prefill_tokens_np=np.array([2, 3, 0, 0]),
+        num_scheduled_tokens=np.array([3, 1, 2, 2]),
+        prefill_len_np=np.array([5, 3, 2, 6]),  # "c" was preempted while it decoded: 2 generated tokens are prefill
+        query_start_loc_np=np.array([0, 3, 4, 6, 8]),
+    )
+    out = worker.compute_prompt_logprobs(None, torch.zeros(8, 1), batch, table, None, lengths)
+    assert out == {}
+    assert taken.spans == [[Span("a", 0, 2, 2, 4), Span("b", 4, 0, 1, 1)]]
+    assert taken.actual == [[8, 9, 2]]
+
+
+def test_an_unknown_runner_is_refused() -> None:
+    with pytest.raises(UnknownEngineError, match="has no _get_prompt_logprobs_dict"):
+        install(SimpleNamespace(), Taken())
+    runner = RunnerV1()
+    runner._get_prompt_logprobs_dict = lambda hidden_states, scheduler_output: {}  # type: ignore[method-assign]
+    with pytest.raises(UnknownEngineError, match="takes"):
+        install(runner, Taken())
+    del runner._get_prompt_logprobs_dict, runner.num_prompt_logprobs
+    with pytest.raises(UnknownEngineError, match="has no num_prompt_logprobs"):
+        install(runner, Taken())
+    worker = PromptLogprobsWorkerV2(1)
+    del worker.uses_prompt_logprobs
+    with pytest.raises(UnknownEngineError, match="uses_prompt_logprobs"):
+        install(SimpleNamespace(prompt_logprobs_worker=worker), Taken())
+
+
+def test_store_places_rows_by_position_and_never_twice() -> None:
+    store = RowStore()
+    words = torch.arange(18, dtype=torch.int32).view(6, 3)
+    store.add([Span("a", 0, 0, 2, 4), Span("b", 2, 0, 1, 1)], words[:3])
+    store.add([Span("a", 0, 0, 3, 4)], words[3:] * 0)  # recomputed after preemption
+    with pytest.raises(KeyError, match="1 of 4 rows"):
+        store.pop(["a"])
+    assert store.recomputed == 1
+    store.add([Span("c", 0, 1, 3, 4)], words[3:])
+    store.add([Span("c", 0, 0, 1, 4)], words[:1])
+    got = np.frombuffer(store.pop(["c", "b"]), np.int32).reshape(-1, 3)
+    np.testing.assert_array_equal(got, words[[0, 3, 4, 5, 2]].numpy())
+    assert len(store) == 0
