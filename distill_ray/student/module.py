@@ -233,6 +233,11 @@ def _check_packing(module: DistillModule, model: PreTrainedModel) -> None:
     with torch.no_grad():
         alone_TD = model.base_model(input_ids=ids_2T[1:], use_cache=False).last_hidden_state[0].float()
     model.train(was_training)
+    if not bool(alone_TD.isfinite().all()):
+        raise UserError(
+            f"{type(model).__name__}: its hidden states are not finite, so its weights are broken: training diverged "
+            "(lower train.learning_rate), or the folder was damaged"
+        )
     gap_T = (packed_TD[_DOCUMENT:].detach().float() - alone_TD).norm(dim=1) / alone_TD.norm(dim=1)
     leak = float(grad[0, :_DOCUMENT].abs().max())
     # The median: in bfloat16 a mixture of experts may route single tokens otherwise.

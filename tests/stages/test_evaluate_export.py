@@ -260,7 +260,7 @@ def test_an_export_that_is_not_whole_is_done_again(trained: Run, damage: str) ->
         trained = trained.with_(export={"dtype": "float32"})
     assert _export(trained).is_latest
     folder = Path(trained.storage.uri) / prefix
-    names = {p.name for p in folder.iterdir()}
+    names = {info.key.rpartition("/")[2] for info in trained.storage.list(f"{prefix}/")}
     assert {f["name"] for f in json.loads((folder / "manifest.json").read_text())["files"]} == names - {"manifest.json"}
     assert not [n for n in names if n.startswith("model-0")]
     assert torch.isfinite(prompt_logits(folder, torch.float32)).all()
