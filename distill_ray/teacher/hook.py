@@ -7,7 +7,8 @@ log-probabilities; it returns nothing, so the front end has nothing to build.
 
 Written from the source of vLLM 0.32: `v1/worker/gpu_model_runner.py` (V1, also the CPU's) and
 `v1/worker/gpu/model_runner.py` with `gpu/sample/prompt_logprob.py` (V2). The V1 hook is run by the tests, on CPUs. The
-V2 hook was not run on a GPU; its tests give it the runner's data structures.
+V2 hook was not run on a GPU; its tests give it the runner's data structures. Pipeline stages other than the last only
+answer the calls; an eager CPU build of vLLM 0.32 cannot run a second stage at all, so no test does.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from distill_ray.config.sections import TeacherSection
@@ -25,8 +26,8 @@ CHUNKED = {"long_prefill_token_threshold": 64}
 TIGHT = {
     "long_prefill_token_threshold": 16,
     "scheduler_reserve_full_isl": False,
-    "num_gpu_blocks_override": 18,
-    "block_size": 16,
+    "num_gpu_blocks_override": 9,
+    "block_size": 32,
 }
 """Room in the KV cache for less than two of the longest prompts, given to as many prompts as a step takes."""
 
@@ -128,14 +129,6 @@ def test_tensor_parallel_2(tmp_path: Path, rows: int | None) -> None:
 
 
 @pytest.mark.slow
-def test_pipeline_parallel_2(tmp_path: Path) -> None:
-    folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
-    section, sequences = _section(folder, pipeline_parallel=2), _sequences(folder)
-    worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", CHUNKED))
-    _assert_same(worker, score(_section(folder), K, sequences, tmp_path, (1.0,), How("flat", CHUNKED)))
-
-
-@pytest.mark.slow
 def test_an_engine_forced_to_preempt(tmp_path: Path) -> None:
     folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
     worker, flat = _both(folder, tmp_path, TIGHT)
@@ -159,3 +152,34 @@ def test_an_unknown_engine_falls_back_and_says_so(tmp_path: Path) -> None:
     assert scored.output.count("vLLM's public path is used (UnknownEngineError: the head gives 512 ids") == 1
     with pytest.raises(RuntimeError, match=r"CannotCaptureError.*no tail mass at T ≠ 1"):
         score(_section(folder), K, sequences, tmp_path, (1.0, 2.0), How("auto", CHUNKED, 600))
+
+
+def _scaled_folder(folder: Path, family: str) -> Path:
+    """A random model that soft-caps (Gemma 2) or scales (Granite) its logits, with 500 ids."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512, "dtype": "float32",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if family == "gemma2":
+        model: Any = Gemma2ForCausalLM(
+            Gemma2Config(**sizes, head_dim=32, final_logit_softcapping=3.0, attn_logit_softcapping=None)
+        )
+    else:
+        model = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=4.0))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=2.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_soft_cap_and_scale(tmp_path: Path, family: str) -> None:
+    folder = _scaled_folder(tmp_path / "model", family)
+    sequences = [np.minimum(s, 499) for s in _sequences(tiny_llama_folder(vocab=TINY_VOCAB))]
+    section = _section(folder, tensor_parallel=2)
+    worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", CHUNKED))
+    _assert_same(worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED)))
