@@ -1,5 +1,5 @@
-"""Part of the installation: builds DeepSpeed's shared-memory operator, so that the first training does not wait for a
-compiler, and compiles the packages' bytecode that first imports would."""
+"""Part of the installation: builds DeepSpeed's shared-memory operator and the project's own machine code, so that no
+first run waits for a compiler, and compiles the packages' bytecode that first imports would."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ def main() -> None:
     """Build what is built at first use; a second call finds it cached."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     started = time.monotonic()
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from distill_ray.student.operators import load_cpu_operators
 
-    ShareMemCommBuilder().load(verbose=False)
+    load_cpu_operators()
     import peft
     import transformers
     import vllm
+
+    import distill_ray.codec.kernels
+    import distill_ray.targets.kernels  # noqa: F401
 
     names = ", ".join(f"{m.__name__} {m.__version__}" for m in (peft, transformers, vllm))
     print(f"warmed up in {time.monotonic() - started:.0f} s: {names}")

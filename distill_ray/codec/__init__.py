@@ -1,13 +1,9 @@
-"""Codec v1: the teacher's top k as fixed-stride rows of bytes. Pure numpy, no I/O."""
+"""Codec v1: the teacher's top k as fixed-stride rows of bytes. No I/O.
 
-from distill_ray.codec.packed import (
-    CODEC_VERSION,
-    LOG_FLOOR,
-    MAX_GAP,
-    at_temperature,
-    decode,
-    encode,
-    row_bytes,
-)
+`format` states the layout, `reference` is the codec in plain numpy, `packed` the compiled one, which is used.
+"""
+
+from distill_ray.codec.format import CODEC_VERSION, LOG_FLOOR, MAX_GAP, row_bytes
+from distill_ray.codec.packed import at_temperature, decode, encode
 
 __all__ = ["CODEC_VERSION", "LOG_FLOOR", "MAX_GAP", "at_temperature", "decode", "encode", "row_bytes"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill_ray.config.sections import TrainSection
 from distill_ray.errors import DistillError, UserError
 from distill_ray.student.module import DistillModule
+from distill_ray.student.operators import load_cpu_operators
 from distill_ray.student.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class StudentEngine:
         if not section.use_gpu:
             # DeepSpeed chooses its accelerator at import; on a machine with GPUs it would choose them.
             os.environ["DS_ACCELERATOR"] = "cpu"
+            load_cpu_operators()
         import deepspeed
 
         # All ranks of a node see all its GPUs; DeepSpeed takes the one numbered LOCAL_RANK, and so must the weights.

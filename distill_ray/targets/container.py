@@ -46,8 +46,8 @@ def footer_start(parquet: bytes) -> int:
 def seal(parquet: bytes) -> bytes:
     """A finished Parquet file with the seal put before its footer. Offsets inside do not move."""
     at = footer_start(parquet)
-    footer = memoryview(parquet)[at:]
-    return b"".join([parquet[:at], _SEAL_MAGIC, bytes.fromhex(digest(footer)), footer])
+    view = memoryview(parquet)
+    return b"".join([view[:at], _SEAL_MAGIC, bytes.fromhex(digest(view[at:])), view[at:]])
 
 
 @dataclass(frozen=True)

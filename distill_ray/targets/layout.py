@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from distill_ray.targets.identity import CaptureIdentity
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METADATA_KEY = b"distill_ray"
 GROUP_BYTES = 1 << 20
 """A row group is closed once it holds this many packed bytes."""
@@ -67,13 +67,11 @@ def arrow_schema(identity: CaptureIdentity, with_entropy: bool) -> pa.Schema:
 
 
 def checksum(fingerprint: str, unit: str, index: int, s: StoredSequence) -> bytes:
-    """8 bytes of keyed BLAKE2b over every array of a sequence.
+    """8 bytes of SHA-256 over capture, unit, place and every array of a sequence; processors have instructions for it.
 
-    The key holds capture, unit and place, so that a sequence of another teacher, another unit or another place in
-    the same unit fails, not only an altered one.
+    So a sequence of another teacher, another unit or another place in the same unit fails, not only an altered one.
     """
-    key = hashlib.blake2b(f"{fingerprint}/{unit}/{index}".encode(), digest_size=32).digest()
-    h = hashlib.blake2b(digest_size=8, key=key)
+    h = hashlib.sha256(f"{fingerprint}/{unit}/{index}\n".encode())
     arrays: dict[str, np.ndarray | None] = {
         f"doc_key {s.doc_key} tokens": s.tokens,
         "loss_mask": s.loss_mask,
@@ -87,7 +85,7 @@ def checksum(fingerprint: str, unit: str, index: int, s: StoredSequence) -> byte
         if array is not None:
             h.update(f"{name} {array.dtype.str} {array.shape}".encode())
             h.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-    return h.digest()
+    return h.digest()[:8]
 
 
 def to_table(sequences: list[StoredSequence], checksums: list[bytes], schema: pa.Schema) -> pa.Table:

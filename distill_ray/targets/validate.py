@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from distill_ray.codec import LOG_FLOOR
+from distill_ray.codec.format import flat_rows
 from distill_ray.errors import IntegrityError
 from distill_ray.schema import Sequence, TargetRows
 from distill_ray.targets.identity import CaptureIdentity
@@ -51,6 +52,37 @@ def check_rows(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) 
     Raises:
         IntegrityError: names the row, the numbers and what they mean.
     """
+    from distill_ray.targets import kernels
+
+    _check_shapes(identity, len(tokens), rows)
+    kept_N = np.empty(len(rows.ids_NK))
+    if len(kept_N) == 0:
+        return kept_N
+    sound = kernels.rows_are_sound(
+        *flat_rows(rows.ids_NK.astype(np.int32, copy=False)),
+        *flat_rows(rows.logprobs_NK.astype(np.float32, copy=False)),
+        identity.top_k,
+        rows.log_tail_N.astype(np.float32, copy=False),
+        tokens[1:].astype(np.int32, copy=False),
+        rows.actual_logprob_N.astype(np.float32, copy=False),
+        rows.actual_rank_N.astype(np.int32, copy=False),
+        identity.vocab_size,
+        np.float32(TOLERANCE),
+        np.float32(LOG_FLOOR),
+        kept_N,
+    )
+    return kept_N if sound and _columns_are_sound(rows) else check_rows_plainly(identity, tokens, rows)
+
+
+def _columns_are_sound(rows: TargetRows) -> bool:
+    entropy_N = rows.entropy_N
+    if entropy_N is not None and not (np.isfinite(entropy_N) & (entropy_N >= -TOLERANCE)).all():
+        return False
+    return all(bool((tail_N <= TOLERANCE).all()) for tail_N in rows.log_tail_at.values())
+
+
+def check_rows_plainly(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) -> np.ndarray:
+    """`check_rows` in numpy: decides, and says what is wrong, wherever the compiled pass was not satisfied."""
     _check_shapes(identity, len(tokens), rows)
     _check_finite(rows)
     kept_N = np.exp(rows.logprobs_NK).sum(axis=1, dtype=np.float64)

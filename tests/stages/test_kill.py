@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -104,6 +105,34 @@ def test_no_process_outlives_a_driver_that_is_killed(tmp_path: Path):
     while process.members() and time.monotonic() < deadline:
         time.sleep(0.5)
     assert process.members() == [], f"{len(process.members())} of {before} processes still run"
+
+
+def test_a_driver_paused_past_its_lease_publishes_nothing(calm: Job, tmp_path: Path):
+    """The first driver is stopped with all its processes while it trains; a second one takes the run over."""
+    job = Job(tmp_path, str(tmp_path / "root"))
+    first = job.start()
+    assert first.wait_for(started("train"))
+    while "checkpoint/step-00000003" not in job.published():
+        time.sleep(0.05)
+        assert first.poll() is None, first.stderr
+    members = first.members()
+    for pid in members:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert "student" not in job.published(), "paused too late"
+        refused = job.run(code=2)
+        assert "is being worked on by" in refused.stderr
+        time.sleep(61)  # the lease's 60 s
+        job.run()
+        after = {p: p.read_bytes() for p in Path(job.root).rglob("*") if p.is_file()}
+    finally:
+        for pid in members:
+            os.kill(pid, signal.SIGCONT)
+    assert first.wait(120) not in (0, 130)
+    assert "took over with epoch 2" in first.stderr, first.stderr
+    changed = {p: d for p, d in after.items() if not p.exists() or p.read_bytes() != d}
+    assert not changed
+    assert_same_outcome(job, calm, relative=1e-5)
 
 
 def assert_same_outcome(job: Job, calm: Job, *, relative: float) -> None:

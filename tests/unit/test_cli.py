@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
+HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "numba")
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:

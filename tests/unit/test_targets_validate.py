@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distill_ray import targets
 from distill_ray.errors import IntegrityError
 from distill_ray.schema import Sequence, TargetRows
+from distill_ray.targets import validate
+from distill_ray.targets.validate import check_rows, check_rows_plainly
 from tests.unit.targets_fakes import captured, exact_rows, identity, unit
 
 OF = identity()
@@ -153,3 +157,47 @@ def test_a_one_hot_teacher_is_stored_finite():
     data, _ = targets.encode_unit(of, unit(), [sequence], [rows], [], 0.0)
     got = targets.UnitTargets(data, of.fingerprint, unit().hash, "memory").rows(0)
     assert all(np.isfinite(a).all() for a in (got.logprobs_NK, got.log_tail_N, got.actual_logprob_N))
+
+
+def verdict(check, *arguments):
+    try:
+        return check(*arguments)
+    except IntegrityError as error:
+        return str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_compiled_checks_judge_as_the_plain_ones(data):
+    k = data.draw(st.sampled_from([1, 3, 8, 33]))
+    of = identity(vocab=97, k=k)
+    sequences, (rows,) = captured(of, lengths=(9,), seed=data.draw(st.integers(0, 1000)))
+    tokens = sequences[0].tokens
+    column = data.draw(
+        st.sampled_from(
+            ["none", "ids_NK", "logprobs_NK", "log_tail_N", "actual_logprob_N", "actual_rank_N", "entropy_N"]
+        )
+    )
+    if column != "none":
+        at = data.draw(st.integers(0, 7))
+        place = (at, data.draw(st.integers(0, k - 1))) if column.endswith("K") else at
+        values = (
+            [-1, 0, 1, 2, 96, 97] if column in ("ids_NK", "actual_rank_N") else [np.nan, np.inf, -np.inf, 0.1, -1.0]
+        )
+        rows = replace(rows, **{column: put(getattr(rows, column), place, data.draw(st.sampled_from(values)))})
+    want, got = (verdict(check, of, tokens, rows) for check in (check_rows_plainly, check_rows))
+    if isinstance(want, str):
+        assert got == want
+    else:
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_sound_rows_need_no_second_judgement(monkeypatch):
+    def plainly(*_):
+        raise AssertionError("the compiled checks were not satisfied with sound rows")
+
+    monkeypatch.setattr(validate, "check_rows_plainly", plainly)
+    for k in (1, 5, 64):
+        of = identity(vocab=300, k=k)
+        for sequence, rows in zip(*captured(of, lengths=(40, 2, 1)), strict=True):
+            check_rows(of, sequence.tokens, rows)

@@ -1,0 +1,63 @@
+"""Timing and memory, the same way for every bench."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+LEAST_REPEATS = 5
+
+
+def medians(rivals: Mapping[str, Callable[[], Any]], repeats: int = LEAST_REPEATS) -> dict[str, float]:
+    """Median seconds of each rival, taken in turns, so that a busy machine slows all of them alike.
+
+    Args:
+        rivals: name → work; each runs once more beforehand, which is not counted.
+        repeats: timed rounds, at least 5.
+    """
+    if repeats < LEAST_REPEATS:
+        raise ValueError(f"{repeats} repeats; a median here takes at least {LEAST_REPEATS}")
+    for work in rivals.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(repeats):
+        for name, work in rivals.items():
+            started = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def peak_mib(work: Callable[..., Any], *arguments: Any) -> float:
+    """Most resident MiB of a fresh process that does nothing but `work(*arguments)`, imports included.
+
+    Args:
+        work: a function of an importable module.
+        arguments: picklable.
+
+    Raises:
+        RuntimeError: the process failed; its traceback is on stderr.
+    """
+    context = multiprocessing.get_context("spawn")
+    mine, its = context.Pipe(duplex=False)
+    process = context.Process(target=_report_peak, args=(its, work, arguments))
+    process.start()
+    its.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        raise RuntimeError(f"{work.__qualname__} failed in its own process; see its traceback above") from None
+    finally:
+        process.join()
+
+
+def _report_peak(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    work(*arguments)
+    # Not getrusage: its ru_maxrss starts from what the parent held when it forked, and survives exec.
+    status = Path("/proc/self/status").read_text()
+    pipe.send(int(status.split("VmHWM:")[1].split()[0]) / 1024)
