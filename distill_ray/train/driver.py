@@ -123,27 +123,27 @@ class _Wait:
     def __init__(self, recipe: Recipe, board: Any, shown: Progress, limit_s: float) -> None:
         self._train, self._board, self._shown, self._limit_s = recipe.train, board, shown, limit_s
         self._begun = time.monotonic()
-        self._said = self._over = False
+        self._since: float | None = None
+        self._over = False
 
     def check(self) -> None:
-        """Raises UserError once the limit has passed without any worker placed."""
+        """Raises UserError once workers have waited for room longer than the limit, the first time they are placed."""
         import ray
 
-        waited = time.monotonic() - self._begun
-        if self._over or waited < min(_SAY_WAITING_S, self._limit_s):
+        now = time.monotonic()
+        if self._over or now - self._begun < _SAY_WAITING_S:
             return
-        if ray.get(self._board.placed.remote()):
-            self._over = True
-        elif not is_waiting():
+        self._over = ray.get(self._board.placed.remote())
+        if self._over or not is_waiting():
             return
-        elif waited > self._limit_s:
+        if self._since is None:
+            self._since = now
+            self._shown.note(f"waiting for resources: {describe(self._train)}")
+        elif now - self._since > self._limit_s:
             raise UserError(
-                f"no room for the training workers after {waited:.0f} s: {describe(self._train)}; lower "
+                f"no room for the training workers after {now - self._since:.0f} s: {describe(self._train)}; lower "
                 "train.workers.max, add nodes, or end what else runs on the cluster; the same command goes on from here"
             )
-        elif not self._said:
-            self._said = True
-            self._shown.note(f"waiting for resources: {describe(self._train)}")
 
 
 def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_s: float, wait: _Wait) -> None:
