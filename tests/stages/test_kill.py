@@ -101,10 +101,11 @@ def test_no_process_outlives_a_driver_that_is_killed(tmp_path: Path):
         time.sleep(0.01)
     process.signal(signal.SIGKILL)
     before = len(process.members())
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # Ray's own agents look for their raylet once in a while
     while process.members() and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert process.members() == [], f"{len(process.members())} of {before} processes still run"
+    left = [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()[:80]) for pid in process.members()]
+    assert left == [], f"{len(left)} of {before} processes still run"
 
 
 def test_a_driver_paused_past_its_lease_publishes_nothing(calm: Job, tmp_path: Path):
