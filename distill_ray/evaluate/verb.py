@@ -1,0 +1,143 @@
+"""Evaluation of one run: what is held out, the figures over it, and the report that publishes them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from distill_ray import report as reports
+from distill_ray.config import Recipe, identity_of
+from distill_ray.errors import DistillError, IntegrityError
+from distill_ray.evaluate.figures import rates, run_identity, target_figures, token_counts
+from distill_ray.evaluate.scoring import ScoringJob, score_remotely
+from distill_ray.ingest import BatchPlan, build_plan
+from distill_ray.lease import LeaseToken, read_document, read_published
+from distill_ray.storage import Storage
+from distill_ray.telemetry import Progress
+
+if TYPE_CHECKING:
+    from distill_ray.targets import RunManifest
+
+
+def require_held_out(manifest: RunManifest, recipe: Recipe) -> BatchPlan:
+    """The plan of the held-out sequences, without opening a target object; call it before money goes into training.
+
+    Raises:
+        UserError: no held-out sequence has a supervised token, or `evaluate.require` names an unknown metric.
+    """
+    reports.check_require(recipe.evaluate.require)
+    return build_plan(
+        manifest,
+        holdout=recipe.corpus.holdout,
+        split="held_out",
+        pack_tokens=recipe.train.pack_tokens,
+        packs_per_batch=recipe.evaluate.batch_packs,
+        max_sequences=recipe.evaluate.max_sequences,
+    )
+
+
+def run(
+    recipe: Recipe,
+    storage: Storage,
+    manifest: RunManifest,
+    token: LeaseToken,
+    progress: Callable[[str, int | None, str], Progress] = Progress,
+    *,
+    timings: Mapping[str, float] | None = None,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Score the held-out targets in one Ray task, then write and publish report.json and report.html.
+
+    Args:
+        recipe: the run.
+        storage: the run's root.
+        manifest: the targets that the run uses.
+        token: of the run's lease; the report is published against it.
+        progress: makes the progress display.
+        timings: wall seconds by stage, for the report.
+        stop: set it to stop; nothing is written then.
+
+    Returns:
+        The report, as written to report.json.
+
+    Raises:
+        UserError: nothing is held out, or a metric is not finite.
+        IntegrityError: the student or its training history is not what was published.
+        StoppedError: `stop` was set.
+    """
+    started = time.monotonic()
+    plan = require_held_out(manifest, recipe)
+    published = read_published(storage, recipe.run_prefix)
+    if "student" not in published:
+        raise DistillError(f"run {recipe.run_prefix} has no trained student yet; run `distill-ray train` first")
+    history = _history(storage, published["student"])
+    job = ScoringJob(recipe, storage, manifest.identity, plan, published["student"])
+    with progress("evaluate", 2 * plan.steps, "batches") as shown:
+        evaluation = score_remotely(job, shown, stop or threading.Event())
+    seconds = {**(timings or {}), "evaluate": round(time.monotonic() - started, 3)}
+    report = reports.build_report(
+        evaluation,
+        identity=run_identity(recipe, manifest, str(published["student"]["sha256"])),
+        timings=reports.Timings(seconds, rates(manifest, history, evaluation.tokens_per_s)),
+        tokens=token_counts(published["targets"], manifest, history, evaluation.teacher.rows),
+        targets=target_figures(manifest),
+        history=history,
+        require=recipe.evaluate.require,
+    )
+    _publish(recipe, storage, token, report, history)
+    return report
+
+
+def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why the published report is not of this recipe and student; None where it is."""
+    entry = published["report"]
+    if entry["student"] != published["student"]["sha256"]:
+        return "it is of another training of the student"
+    if entry["settings"] != json.loads(json.dumps(identity_of(recipe.evaluate))):
+        return "other settings of [evaluate]"
+    if entry["require"] != recipe.evaluate.require:
+        return "other bounds of evaluate.require"
+    return None
+
+
+def only_bounds_changed(recipe: Recipe, storage: Storage, published: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the report's figures stand and only have to be judged anew."""
+    entry = published.get("report")
+    if entry is None:
+        return False
+    try:
+        reports.read_report(storage, recipe.run_prefix)
+    except IntegrityError:
+        return False
+    same = {**published, "report": {**entry, "require": recipe.evaluate.require}}
+    return outdated(recipe, same) is None
+
+
+def rejudge(recipe: Recipe, storage: Storage, token: LeaseToken) -> None:
+    """Hold the published figures against the recipe's bounds as they are now; nothing is scored again."""
+    report = reports.read_report(storage, recipe.run_prefix)
+    report["gate"] = reports.judge({model: report[model] for model in reports.MODELS}, recipe.evaluate.require)
+    student = read_published(storage, recipe.run_prefix)["student"]
+    _publish(recipe, storage, token, report, _history(storage, student))
+
+
+def _publish(
+    recipe: Recipe, storage: Storage, token: LeaseToken, report: dict[str, Any], history: list[dict[str, float]]
+) -> None:
+    section = recipe.evaluate
+    reports.write_report(storage, token, report, history, settings=identity_of(section), require=dict(section.require))
+
+
+def _history(storage: Storage, student: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The very history that the published student was trained with."""
+    entry = student["history"]
+    history = reports.read_history(read_document(storage, entry, "run `distill-ray train` again"))
+    if len(history) != entry["steps"]:
+        raise IntegrityError(
+            f"{storage.uri}/{entry['key']} holds {len(history)} steps, published were {entry['steps']}; run "
+            "`distill-ray train` again"
+        )
+    return history
