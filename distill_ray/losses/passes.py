@@ -40,6 +40,16 @@ class HeadInputs:
         """Type of products and sums: float32, or float64 for float64 input."""
         return accumulate_type(self.hidden_ND)
 
+    def as_given(
+        self, hidden_ND: Tensor | None, weight_VD: Tensor | None, bias_V: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Accumulated gradients in the types of what they are of; None where none was asked for."""
+        return (
+            hidden_ND,
+            None if weight_VD is None else weight_VD.to(self.weight_VD.dtype),
+            None if bias_V is None or self.bias_V is None else bias_V.to(self.bias_V.dtype),
+        )
+
 
 @dataclass(frozen=True)
 class RowSums:

@@ -111,12 +111,7 @@ class TritonPass:
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `HeadPass`."""
-        weight, bias = self._dweight_VD, self._dbias_V
-        return (
-            self._dhidden_ND,
-            None if weight is None else weight.to(self._in.weight_VD.dtype),
-            None if bias is None or self._in.bias_V is None else bias.to(self._in.bias_V.dtype),
-        )
+        return self._in.as_given(self._dhidden_ND, self._dweight_VD, self._dbias_V)
 
 
 def _product(a: Tensor, b: Tensor, total: Tensor, *, beta: int) -> None:

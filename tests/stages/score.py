@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from distill_ray import teacher
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.schema import TargetRows
 from distill_ray.teacher import CapturePath
 from distill_ray.teacher.vllm_engine import VllmEngine
+from tests.assets import prose_topics
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,20 @@ class How:
     """Further arguments of `vllm.EngineArgs`."""
     vocab_size: int | None = None
     """V instead of the model's own."""
+
+
+def vllm_section(folder: Path, **changes: object) -> TeacherSection:
+    """`[teacher]` for `folder` on vLLM in float32 on CPUs, unless changed."""
+    base = {"model": str(folder), "engine": "vllm", "dtype": "float32", "use_gpu": False, "batch_tokens": 256}
+    return TeacherSection.model_validate(base | changes)
+
+
+def prose_sequences(folder: Path, lengths: tuple[int, ...]) -> list[np.ndarray]:
+    """Consecutive pieces of real text of these many tokens each, by the folder's tokenizer."""
+    text = max(prose_topics().values(), key=len)
+    ids = np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return [ids[a : a + n] for a, n in zip(starts, lengths, strict=False)]
 
 
 def score(

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from distill_ray import capture, targets
 from distill_ray.config import Recipe
-from distill_ray.config.sections import CaptureSection, TeacherSection
+from distill_ray.config.sections import CaptureSection
 from distill_ray.ingest import PackLoader
 from distill_ray.lease import Lease
 from distill_ray.losses import head_metrics
@@ -24,36 +23,24 @@ from distill_ray.student import DistillModule, build_initial, loss_spec
 from distill_ray.teacher import vocabulary_size
 from distill_ray.teacher.transformers_engine import TransformersEngine
 from distill_ray.train.worker import make_plan
-from tests.assets import SMOLLM2_VOCAB, TINY_VOCAB, prose_topics, smollm2_folder, tiny_llama_folder
-from tests.stages.score import Scored, score
+from tests.assets import SMOLLM2_VOCAB, TINY_VOCAB, smollm2_folder, tiny_llama_folder
+from tests.stages.score import Scored, prose_sequences, score, vllm_section
 from tests.stages.train_assets import tiny_recipe
 
 K = 64
 LENGTHS = (200, 57, 2, 133, 90, 17)
 
 
-def _section(folder: Path, **changes: object) -> TeacherSection:
-    base = {"model": str(folder), "engine": "vllm", "dtype": "float32", "use_gpu": False, "batch_tokens": 256}
-    return TeacherSection.model_validate(base | changes)
-
-
-def _sequences(folder: Path) -> list[np.ndarray]:
-    text = max(prose_topics().values(), key=len)
-    ids = np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, np.int32)
-    starts = np.concatenate([[0], np.cumsum(LENGTHS)])
-    return [ids[a : a + n] for a, n in zip(starts, LENGTHS, strict=False)]
-
-
 def _dense(folder: Path, dtype: str, sequences: list[np.ndarray]) -> list[np.ndarray]:
     """[N, V] float32 for each sequence, by transformers."""
-    section = _section(folder, engine="transformers", dtype=dtype)
+    section = vllm_section(folder, engine="transformers", dtype=dtype)
     engine = TransformersEngine(section, CaptureSection(top_k=K), max(LENGTHS), folder, vocabulary_size(folder))
     return [engine.dense_logprobs(s) for s in sequences]
 
 
 @pytest.fixture(scope="module")
 def sequences() -> list[np.ndarray]:
-    return _sequences(smollm2_folder())
+    return prose_sequences(smollm2_folder(), LENGTHS)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +78,7 @@ def _assert_exact(scored: Scored, reference: list[np.ndarray], sequences: list[n
 @pytest.fixture(scope="module")
 def float32_rows(tmp_path_factory: pytest.TempPathFactory, sequences: list[np.ndarray]) -> Scored:
     """SmolLM2's rows by vLLM in float32."""
-    return score(_section(smollm2_folder()), K, sequences, tmp_path_factory.mktemp("float32"))
+    return score(vllm_section(smollm2_folder()), K, sequences, tmp_path_factory.mktemp("float32"))
 
 
 def test_vllm_float32_is_the_dense_reference(
@@ -154,7 +141,7 @@ def _bucket_kl(dense: np.ndarray, rows: TargetRows) -> np.ndarray:
 def test_vllm_bfloat16_errs_no_more_than_transformers(
     tmp_path: Path, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
-    got = _rows(score(_section(smollm2_folder(), dtype="bfloat16"), K, sequences, tmp_path))
+    got = _rows(score(vllm_section(smollm2_folder(), dtype="bfloat16"), K, sequences, tmp_path))
     peers = _dense(smollm2_folder(), "bfloat16", sequences)
     ours, theirs, kl = [], [], []
     for rows, dense, peer in zip(got, reference, peers, strict=True):
@@ -176,13 +163,13 @@ def test_vllm_bfloat16_errs_no_more_than_transformers(
 def test_tensor_parallel_3_is_the_dense_reference(
     tmp_path: Path, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
-    section = _section(smollm2_folder(), tensor_parallel=3)  # 9 heads; on two cores the ranks run on 0|1|0
+    section = vllm_section(smollm2_folder(), tensor_parallel=3)  # 9 heads; on two cores the ranks run on 0|1|0
     _assert_exact(score(section, K, sequences, tmp_path), reference, sequences)
 
 
 @pytest.mark.slow
 def test_tensor_parallel_2_is_the_dense_reference(tmp_path: Path) -> None:
     folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
-    sequences = _sequences(folder)
-    section = _section(folder, tensor_parallel=2)
+    sequences = prose_sequences(folder, LENGTHS)
+    section = vllm_section(folder, tensor_parallel=2)
     _assert_exact(score(section, K, sequences, tmp_path), _dense(folder, "float32", sequences), sequences)

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
-from distill_ray.config.sections import TeacherSection
 from distill_ray.schema import TargetRows
-from tests.assets import TINY_VOCAB, prose_topics, smollm2_folder, tiny_llama_folder
-from tests.stages.score import How, Scored, score
+from tests.assets import TINY_VOCAB, smollm2_folder, tiny_llama_folder
+from tests.stages.score import How, Scored, prose_sequences, score, vllm_section
 
 K = 64
 LENGTHS = (200, 57, 2, 133, 90, 17, 64, 65, 128, 200, 31)
@@ -30,18 +28,6 @@ TIGHT = {
     "block_size": 32,
 }
 """Room in the KV cache for less than two of the longest prompts, given to as many prompts as a step takes."""
-
-
-def _section(folder: Path, **changes: object) -> TeacherSection:
-    base = {"model": str(folder), "engine": "vllm", "dtype": "float32", "use_gpu": False, "batch_tokens": 256}
-    return TeacherSection.model_validate(base | changes)
-
-
-def _sequences(folder: Path) -> list[np.ndarray]:
-    text = max(prose_topics().values(), key=len)
-    ids = np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, np.int32)
-    starts = np.concatenate([[0], np.cumsum(LENGTHS)])
-    return [ids[a : a + n] for a, n in zip(starts, LENGTHS, strict=False)]
 
 
 def _rows(scored: Scored, path: str) -> list[TargetRows]:
@@ -79,7 +65,7 @@ def _assert_same(worker: Scored, flat: Scored, tolerance: float = 1e-3) -> None:
 
 
 def _both(folder: Path, tmp_path: Path, more: dict[str, Any], **changes: object) -> tuple[Scored, Scored]:
-    section, sequences = _section(folder, **changes), _sequences(folder)
+    section, sequences = vllm_section(folder, **changes), prose_sequences(folder, LENGTHS)
     worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", more))
     return worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED))
 
@@ -90,7 +76,7 @@ def test_worker_path_is_the_public_path(tmp_path: Path) -> None:
 
 def _whole(folder: Path, sequences: list[np.ndarray], tmp_path: Path, **changes: object) -> list[np.ndarray]:
     """[N, V] float64 log-probabilities of all V ids, by the engine itself."""
-    scored = score(_section(folder, **changes), TINY_VOCAB, sequences, tmp_path, (1.0,), How("flat", CHUNKED))
+    scored = score(vllm_section(folder, **changes), TINY_VOCAB, sequences, tmp_path, (1.0,), How("flat", CHUNKED))
     dense = []
     for rows in _rows(scored, "flat"):
         out = np.empty(rows.logprobs_NK.shape)
@@ -119,8 +105,8 @@ def _assert_exact(rows: TargetRows, logprobs: np.ndarray) -> None:
 def test_tensor_parallel_2(tmp_path: Path, rows: int | None) -> None:
     # 500 rows are padded by vLLM to 512: 256 on the first rank, 244 and padding on the second.
     folder = tiny_llama_folder(vocab=TINY_VOCAB, rows=rows, hidden=128, heads=4)
-    sequences = [np.minimum(s, (rows or TINY_VOCAB) - 1) for s in _sequences(folder)]
-    section = _section(folder, tensor_parallel=2)
+    sequences = [np.minimum(s, (rows or TINY_VOCAB) - 1) for s in prose_sequences(folder, LENGTHS)]
+    section = vllm_section(folder, tensor_parallel=2)
     worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", CHUNKED))
     _assert_same(worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED)))
     if rows is None:
@@ -145,13 +131,13 @@ def test_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_unknown_engine_falls_back_and_says_so(tmp_path: Path) -> None:
     folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
-    sequences = _sequences(folder)
+    sequences = prose_sequences(folder, LENGTHS)
     # A head of 512 ids where 600 are expected is none that capture knows; the engine is opened anew.
-    scored = score(_section(folder), K, sequences, tmp_path, (1.0,), How("auto", CHUNKED, 600))
+    scored = score(vllm_section(folder), K, sequences, tmp_path, (1.0,), How("auto", CHUNKED, 600))
     assert len(_rows(scored, "flat")) == len(LENGTHS)
     assert scored.output.count("vLLM's public path is used (UnknownEngineError: the head gives 512 ids") == 1
     with pytest.raises(RuntimeError, match=r"CannotCaptureError.*no tail mass at T ≠ 1"):
-        score(_section(folder), K, sequences, tmp_path, (1.0, 2.0), How("auto", CHUNKED, 600))
+        score(vllm_section(folder), K, sequences, tmp_path, (1.0, 2.0), How("auto", CHUNKED, 600))
 
 
 def _scaled_folder(folder: Path, family: str) -> Path:
@@ -179,7 +165,7 @@ def _scaled_folder(folder: Path, family: str) -> Path:
 @pytest.mark.parametrize("family", ["gemma2", "granite"])
 def test_soft_cap_and_scale(tmp_path: Path, family: str) -> None:
     folder = _scaled_folder(tmp_path / "model", family)
-    sequences = [np.minimum(s, 499) for s in _sequences(tiny_llama_folder(vocab=TINY_VOCAB))]
-    section = _section(folder, tensor_parallel=2)
+    sequences = [np.minimum(s, 499) for s in prose_sequences(tiny_llama_folder(vocab=TINY_VOCAB), LENGTHS)]
+    section = vllm_section(folder, tensor_parallel=2)
     worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", CHUNKED))
     _assert_same(worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED)))
