@@ -16,7 +16,7 @@ from typing import Any
 from distill_ray import capture, corpus, evaluate, export, targets, teacher, train
 from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import IntegrityError, UserError
-from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_published, read_whole_folder
+from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_published
 from distill_ray.preflight import Finding, check
 from distill_ray.report import failures, read_report
 from distill_ray.schema import ARTEFACT_OF
@@ -96,30 +96,27 @@ def is_done(recipe: Recipe, until: str = "export") -> bool:
     artefacts = [ARTEFACT_OF[stage] for stage in STAGES[: STAGES.index(until) + 1]]
     if not all(name in published for name in artefacts):
         return False
-    if until == "export":
-        return export.is_done(recipe, storage) and _undone("evaluate", recipe, storage, published) is None
-    return _undone(until, recipe, storage, published) is None
+    # A report of other settings leaves a whole export behind.
+    last = ("evaluate", "export") if until == "export" else (until,)
+    return all(_undone(stage, recipe, storage, published) is None for stage in last)
 
 
 def _undone(stage: str, recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]]) -> str | None:
-    """Why a published stage has to be done again; None where it stands. Damage is found by sizes and checksums of
-    documents alone: contents are verified by whoever loads them."""
+    """Why a published stage has to be done again; None where it stands.
+
+    Damage is found by sizes and by checksums of documents; contents are verified by whoever loads them.
+    """
     entry = published[ARTEFACT_OF[stage]]
+    if stage == "train":
+        return train.damage(storage, entry)
+    if stage == "export":
+        done = export.is_done(recipe, storage)
+        return None if done else "it was interrupted, or its student, report or recipe changed"
     try:
-        if stage == "train":
-            read_whole_folder(storage, entry)
-            read_document(storage, entry["history"], "it is written anew")
-        elif stage != "export":
-            read_document(storage, entry, "it is made anew")
+        read_document(storage, entry, "it is made anew")
     except IntegrityError as error:
         return str(error)
-    if stage == "export":
-        return (
-            None if export.is_done(recipe, storage) else "it was interrupted, or its student, report or recipe changed"
-        )
-    if stage == "evaluate":
-        return evaluate.outdated(recipe, published)
-    return None
+    return evaluate.outdated(recipe, published) if stage == "evaluate" else None
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:

@@ -5,5 +5,6 @@ a checkpoint every rank agrees on; `result` stores the trained folder; `board` i
 """
 
 from distill_ray.train.driver import run
+from distill_ray.train.result import damage
 
-__all__ = ["run"]
+__all__ = ["damage", "run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +83,17 @@ def publish_student(
     publish(job.storage, job.token, "student", {**entry, "step": steps, "plan": plan, "history": stored})
 
 
-def published_student(storage: Storage, run_prefix: str) -> dict[str, Any] | None:
-    """The lease record's entry of a trained student whose files and history are all there, else None."""
-    entry = read_published(storage, run_prefix).get("student")
-    if entry is None:
-        return None
+def damage(storage: Storage, entry: Mapping[str, Any]) -> str | None:
+    """What of a published student's files and history is missing or cut short; None if nothing."""
     try:
         read_whole_folder(storage, entry)
         read_document(storage, entry["history"], "it is written anew")
-    except IntegrityError:
-        return None
-    return entry
+    except IntegrityError as error:
+        return str(error)
+    return None
+
+
+def published_student(storage: Storage, run_prefix: str) -> dict[str, Any] | None:
+    """The lease record's entry of a trained student whose files and history are all there, else None."""
+    entry = read_published(storage, run_prefix).get("student")
+    return entry if entry is not None and damage(storage, entry) is None else None
