@@ -116,7 +116,9 @@ def _undone(stage: str, recipe: Recipe, storage: Storage, published: dict[str, d
         read_document(storage, entry, "it is made anew")
     except IntegrityError as error:
         return str(error)
-    return evaluate.outdated(recipe, published) if stage == "evaluate" else None
+    if stage == "evaluate":
+        return evaluate.outdated(recipe, published)
+    return capture.damage(storage, entry) if _needs_targets(recipe, storage, published) else None
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
@@ -159,8 +161,6 @@ def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop
     published = read_published(storage, recipe.run_prefix)
     if ARTEFACT_OF[stage] in published:
         reason = _undone(stage, recipe, storage, published)
-        if reason is None and stage == "capture" and _needs_targets(recipe, storage, published):
-            reason = capture.damage(storage, published["targets"])
         if reason is None:
             return
         say(stage, f"done again: {reason}")
