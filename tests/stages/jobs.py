@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -11,16 +12,19 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_ray import targets
+from distill_ray import cli, targets
 from distill_ray.lease import read_published
 from distill_ray.storage import open_storage
 from tests.assets import corpus_folder, tiny_teacher_folder
 
 MARK = "DISTILL_RAY_TEST_MARK"
+SHARED_CLUSTER = "DISTILL_RAY_TEST_CLUSTER"
+"""Environment variable with the address of the session's cluster (fixture `cluster_address`)."""
 
 RECIPE = """
 name = "tiny"
@@ -103,11 +107,26 @@ class Job:
         return Process([sys.executable, "-m", "distill_ray", command, str(self.recipe), *arguments])
 
     def run(self, *arguments: str, command: str = "run", code: int = 0, timeout: float = 300) -> Process:
-        """The command to its end, which must be exit code `code`."""
+        """The command in processes of its own, Ray included, to its end, which must be exit code `code`."""
         process = self.start(*arguments, command=command)
         found = process.wait(timeout)
         assert found == code, f"exit code {found}, not {code}:\n{process.stdout}\n{process.stderr}"
         return process
+
+    def call(self, *arguments: str, command: str = "run", code: int = 0) -> Called:
+        """The command line in this process and on the session's Ray cluster: imports and Ray start only once."""
+        out, err = io.StringIO(), io.StringIO()
+        argv = [command, str(self.recipe), *arguments, "--address", os.environ[SHARED_CLUSTER]]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                found = cli.main(argv)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        called = Called(out.getvalue(), err.getvalue())
+        assert found == code, f"exit code {found}, not {code}:\n{called.stdout}\n{called.stderr}"
+        return called
 
     def published(self, version: str = "v1") -> dict[str, dict[str, Any]]:
         return read_published(open_storage(self.root), f"runs/tiny/{version}")
@@ -150,6 +169,14 @@ class Job:
                 sequence = stored.sequence(i)
                 found.append((unit.unit, i, sequence.tokens.tobytes(), sequence.packed_NB.tobytes()))
         return sorted(found)
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a command printed that ran in this process."""
+
+    stdout: str
+    stderr: str
 
 
 class Process:

@@ -17,7 +17,7 @@ from distill_ray.preflight import check
 from tests.assets import tiny_llama_folder, tiny_teacher_folder
 from tests.stages.jobs import Job
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("cluster_address")]
 
 
 def refused(job: Job) -> str:
@@ -138,7 +138,7 @@ def test_awkward_documents_are_dead_letters_and_the_long_one_is_captured(tmp_pat
     for path in job.data.glob("*.jsonl"):
         path.unlink()
     (job.data / "awkward.jsonl").write_bytes(b"".join(AWKWARD))
-    job.run(command="capture")
+    job.call(command="capture")
     letters = Path(job.root, "runs/tiny/v1/dead-letters.jsonl").read_text().splitlines()
     assert len(letters) == 5, letters
     for reason in ("UTF-8", "empty", "nothing to predict", "text", "JSON"):
@@ -149,7 +149,7 @@ def test_awkward_documents_are_dead_letters_and_the_long_one_is_captured(tmp_pat
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("captured")
-    Job(folder, str(folder / "root")).run(command="capture")
+    Job(folder, str(folder / "root")).call(command="capture")
     return folder
 
 
@@ -163,7 +163,7 @@ def test_a_truncated_target_file_is_seen_and_only_its_unit_captured_again(captur
     job = copy_of(captured, tmp_path)
     victim = job.unit_objects()[0]
     victim.write_bytes(victim.read_bytes()[:-100])
-    mended = job.run(command="capture")
+    mended = job.call(command="capture")
     assert "1 of 12 target objects missing or cut short" in mended.stderr
     assert job.published()["targets"]["captured"] == 1
     assert targets.inspect(job.root + "/runs/tiny/v1", verify=True).problems == ()
@@ -175,13 +175,13 @@ def test_a_bit_flipped_target_file_is_refused_by_training_and_its_remedy_works(c
     data = bytearray(victim.read_bytes())
     data[len(data) // 3] ^= 4
     victim.write_bytes(data)
-    failed = job.run(command="train", code=1)
+    failed = job.call(command="train", code=1)
     assert victim.stem in failed.stderr
     assert "Traceback" not in failed.stderr
     assert "student" not in job.published()
     assert "delete the object and run capture again" in failed.stderr
     victim.unlink()
-    job.run(command="capture")
+    job.call(command="capture")
     assert job.published()["targets"]["captured"] == 1
     assert targets.inspect(job.root + "/runs/tiny/v1", verify=True).problems == ()
 
@@ -190,8 +190,8 @@ def test_targets_of_another_teacher_are_refused(captured: Path, tmp_path: Path):
     job = copy_of(captured, tmp_path)
     other_teacher = tiny_llama_folder(vocab=512, seed=9)
     other = Job(tmp_path, job.root, teacher=other_teacher)
-    refused_run = other.run(command="train", code=2)
+    refused_run = other.call(command="train", code=2)
     assert "capture_fingerprint" in refused_run.stderr
-    other.run("--version", "v2", command="capture")
+    other.call("--version", "v2", command="capture")
     first, second = (job.published(v)["targets"] for v in ("v1", "v2"))
     assert first["fingerprint"] != second["fingerprint"]

@@ -7,7 +7,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from distill_ray.config import Recipe, parse_recipe
 from distill_ray.errors import StoppedError, UserError
 from distill_ray.lease import Lease, read_published
 from distill_ray.schema import TargetRows
-from distill_ray.session import ray_session
 from distill_ray.storage import open_storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
@@ -28,11 +26,7 @@ from tests.assets import smollm2_folder, tiny_teacher_folder
 
 TEXTS = ["import threading and then wait", "a class is an object too", "errors should never pass silently"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    with ray_session("local", num_cpus=4):
-        yield
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class ShortTeacher:

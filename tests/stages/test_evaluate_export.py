@@ -25,7 +25,6 @@ from distill_ray.lease import Lease, publish
 from distill_ray.registry import publish_latest, read_latest
 from distill_ray.report import read_report
 from distill_ray.schema import Sequence
-from distill_ray.session import ray_session
 from distill_ray.storage import open_storage
 from distill_ray.student.published import stage_student
 from tests.assets import TINY_VOCAB, tiny_llama_folder, tiny_teacher_folder
@@ -40,12 +39,6 @@ from tests.stages.trained_run import (
     store_student,
     tiny_recipe,
 )
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    with ray_session("local", num_cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.stages.jobs import Job, write_documents
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("cluster_address")]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_status_and_inspect_read_the_finished_run(done: Job):
 
 def test_another_recipe_under_the_same_version_is_refused(done: Job):
     other = Job(done.folder, done.root, top_k=8)
-    refused = other.run(code=2)
+    refused = other.call(code=2)
     assert "capture.top_k: 16 → 8" in refused.stderr
     assert "--version" in refused.stderr
     Job(done.folder, done.root)  # puts the recipe back
@@ -60,9 +60,9 @@ def test_next_week_captures_only_the_new_file(done: Job):
     objects = {p: p.stat().st_mtime_ns for p in done.unit_objects()}
     old_units = {unit for unit, *_ in done.rows()}
     write_documents(done.data / "c.jsonl", 24, 4)
-    noted = done.run()
+    noted = done.call()
     assert "came after this version" in noted.stdout
-    done.run("--version", "v2", command="capture")
+    done.call("--version", "v2", command="capture")
     units = {unit for unit, *_ in done.rows("v2")}
     fresh = set(done.unit_objects()) - set(objects)
     assert units > old_units
@@ -87,7 +87,7 @@ def test_bounds_and_licence_changed_afterwards_are_judged_anew_and_nothing_is_co
 
     before, figures = computed(), done.report()["after"]
     edits = {"[export]": "[evaluate]\nrequire = { kl_t1 = 1e-6 }\n[export]", '"apache-2.0"': '"mit"'}
-    stricter = Job(done.folder, done.root, edits=edits).run(code=3)
+    stricter = Job(done.folder, done.root, edits=edits).call(code=3)
     assert "after.kl_t1" in stricter.stderr
     assert done.report()["gate"]["kl_t1"]["passed"] is False
     card = Path(done.root, "models/tiny/v1/README.md").read_text()
@@ -99,7 +99,7 @@ def test_bounds_and_licence_changed_afterwards_are_judged_anew_and_nothing_is_co
     fields = json.loads(record.read_text())
     del fields["published"]["latest"]
     record.write_text(json.dumps(fields))
-    Job(done.folder, done.root).run()
+    Job(done.folder, done.root).call()
     assert done.latest()["version"] == "v1"
     assert done.report()["after"] == figures
     assert computed() == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +16,6 @@ from distill_ray.config.sections import StudentSection
 from distill_ray.errors import StoppedError, UserError
 from distill_ray.ingest import PackLoader
 from distill_ray.lease import Lease, read_published
-from distill_ray.session import ray_session
 from distill_ray.storage import Storage, open_storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
@@ -27,11 +25,7 @@ from distill_ray.train.worker import make_plan
 from tests.assets import TINY_VOCAB, tiny_teacher_folder
 from tests.stages.train_assets import PlainLoop, make_targets, tiny_recipe
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_cluster() -> Iterator[None]:
-    with ray_session("local", num_cpus=4):
-        yield
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @dataclass

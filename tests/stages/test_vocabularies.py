@@ -29,11 +29,12 @@ def _with_rows(folder: Path, rows: int) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("cluster_address")
 def test_capture_train_and_evaluate_with_three_vocabulary_sizes(tmp_path: Path):
     teacher, student = _with_rows(tmp_path / "teacher", TEACHER_ROWS), _with_rows(tmp_path / "student", STUDENT_ROWS)
     edits = {"teacher_layers = [0]": f'model = "{student}"', "learning_rate = 1e-3": "learning_rate = 1e-6"}
     job = Job(tmp_path, str(tmp_path / "root"), epochs=1, teacher=teacher, edits=edits)
-    job.run(command="evaluate")
+    job.call(command="evaluate")
     report = job.report()
     # The student is the teacher but for the missing rows, whose mass is in the teacher's tail.
     for figures in (report["before"], report["after"]):
