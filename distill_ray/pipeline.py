@@ -129,6 +129,7 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     identity = {k: v for k, v in identity_of(recipe).items() if k not in ("evaluate", "export")}
     captured = capture.capture_identity(recipe)
     identity["capture_fingerprint"] = captured.fingerprint
+    identity["teacher"]["dtype"] = captured.teacher["dtype"]  # `auto` and the very dtype it means are one run
     if recipe.student.model is not None:
         identity["student_weights"] = teacher.weights_identity(recipe.student.model, None)
     if recipe.student.config is not None:
