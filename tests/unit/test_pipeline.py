@@ -1,0 +1,22 @@
+"""What makes two recipes the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from distill_ray.config import load_recipe
+from distill_ray.pipeline import run_identity
+from tests.assets import tiny_teacher_folder
+from tests.stages.jobs import Job
+
+
+def test_auto_and_the_dtype_it_means_are_one_run_and_another_dtype_is_not(tmp_path: Path):
+    meant = json.loads((tiny_teacher_folder() / "config.json").read_text())["dtype"]
+    other = "float32" if meant != "float32" else "bfloat16"
+    auto, same, differs = (
+        run_identity(load_recipe(Job(tmp_path, str(tmp_path / "root"), dtype=dtype).recipe))
+        for dtype in ("auto", meant, other)
+    )
+    assert auto == same
+    assert auto != differs
