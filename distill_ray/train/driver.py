@@ -16,6 +16,7 @@ from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
 from distill_ray.train.board import Board, News, start_board
 from distill_ray.train.placement import describe, is_waiting, worker_resources
+from distill_ray.train.restoring import check_newest
 from distill_ray.train.result import published_student
 from distill_ray.train.worker import Job, make_plan, work
 
@@ -65,10 +66,11 @@ def run(
     found = published_student(storage, token.run_prefix)
     if found is not None:
         return found
-    steps = make_plan(recipe, manifest).steps
+    plan = make_plan(recipe, manifest)
+    check_newest(recipe, storage, plan.digest)
     board = start_board(board_class)
     fit = _Fit(Job(recipe, storage, manifest, token, board))
-    with progress("train", steps, "steps") as shown:
+    with progress("train", plan.steps, "steps") as shown:
         wait = _Wait(recipe, board, shown, placement_wait_s)
         _watch(fit, board, shown, stop, stop_grace_s, wait)
     return _outcome(recipe, storage, token, board, fit, stop)

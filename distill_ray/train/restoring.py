@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_ray import checkpoints
+from distill_ray.config import Recipe
 from distill_ray.errors import IntegrityError, UserError
+from distill_ray.storage import Storage
 from distill_ray.train.result import HISTORY_FILE
 
 if TYPE_CHECKING:
@@ -61,6 +63,21 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
             _say(
                 job, f"checkpoint of step {manifest.step} is broken and not used: {problems[0]}; trying the one before"
             )
+
+
+def check_newest(recipe: Recipe, storage: Storage, plan: str) -> None:
+    """Refuse, before any worker is started, what `restore_newest` would refuse.
+
+    Raises:
+        UserError: the newest whole checkpoint is of another plan, world size or ZeRO stage.
+    """
+    from distill_ray.student import check_resumable
+
+    manifest = checkpoints.latest_whole(storage, recipe.run_prefix)
+    if manifest is not None:
+        check_plan(manifest, plan)
+        workers = recipe.train.workers.max
+        check_resumable(manifest.world_size, manifest.zero_stage, workers, recipe.train, manifest.step)
 
 
 def check_plan(manifest: checkpoints.Manifest, plan: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.assets import TINY_VOCAB, tiny_llama_folder
 from tests.stages.jobs import Job
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(1500), pytest.mark.usefixtures("cluster_address")]
 
 STAGES = ("capture", "train", "evaluate", "export")
 PLAN = {  # seed → the stages in which one run is killed, in order
@@ -34,7 +34,7 @@ def wide_teacher() -> Path:
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("calm")
     job = Job(folder, str(folder / "root"))
-    job.run()
+    job.call()
     return job
 
 
@@ -57,7 +57,7 @@ def test_a_run_killed_in_every_stage_ends_as_the_calm_one(seed: int, calm: Job, 
     # A rerun may be faster than the calm run was: not up to its very end.
     kills = [kill_within(job, stage, rng.uniform(0, 0.8 * seconds[stage])) for stage in PLAN[seed]]
     print(f"\nseed {seed}: killed (stage, seconds into it, processes) {kills}")
-    job.run()
+    job.call()
     assert sum(k is not None for k in kills) >= 5, kills
     assert_same_outcome(job, calm, relative=1e-5)
     # Packed rows too: the reference engine moves no bit.
@@ -77,7 +77,7 @@ def test_a_vllm_run_killed_while_it_captures_and_trains_ends_as_the_calm_one(
         for name in ("calm", "killed")
     ]
     calm, job = runs
-    calm.run()
+    calm.call()
     units = len(calm.unit_objects())
     seconds = {s: calm.published()[f"timings/{s}"]["seconds"] for s in STAGES}
     process = job.start()
@@ -90,7 +90,7 @@ def test_a_vllm_run_killed_while_it_captures_and_trains_ends_as_the_calm_one(
     kills.append(kill_within(job, "train", rng.uniform(0, 0.5 * seconds["train"])))
     assert None not in kills, kills
     print(f"\n{dtype}: killed (stage, seconds into it, processes) {kills}")
-    job.run()
+    job.call()
     assert_same_outcome(job, calm, relative=relative)
 
 
@@ -121,10 +121,10 @@ def test_a_driver_paused_past_its_lease_publishes_nothing(calm: Job, tmp_path: P
         os.kill(pid, signal.SIGSTOP)
     try:
         assert "student" not in job.published(), "paused too late"
-        refused = job.run(code=2)
+        refused = job.call(code=2)
         assert "is being worked on by" in refused.stderr
         time.sleep(61)  # the lease's 60 s
-        job.run()
+        job.call()
         after = {p: p.read_bytes() for p in Path(job.root).rglob("*") if p.is_file()}
     finally:
         for pid in members:

@@ -236,7 +236,9 @@ def test_lora_trains_adapters_only_and_merges(root: Path) -> None:
 LORA = {"teacher_layers": [1], "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "up_proj"]}}
 BF16, RECOMPUTED = {"precision": "bf16"}, {"gradient_checkpointing": True}
 MODES = [
-    pytest.param({"train": {"zero_stage": 3, **BF16, **RECOMPUTED}, "student": LORA}, None, id="all"),
+    pytest.param(
+        {"train": {"zero_stage": 3, **BF16, **RECOMPUTED}, "student": LORA}, None, id="all", marks=pytest.mark.slow
+    ),
     pytest.param({"train": BF16}, 0.05, id="bf16", marks=pytest.mark.slow),
     pytest.param({"train": RECOMPUTED}, 1e-5, id="recomputed", marks=pytest.mark.slow),
     pytest.param({"train": {"zero_stage": 3}, "student": LORA}, None, id="lora-zero3", marks=pytest.mark.slow),
