@@ -126,6 +126,11 @@ def explain_os(error: OSError, path: Path, action: str, size: int | None = None)
     )
 
 
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that `path` lies, or will lie, on."""
+    return shutil.disk_usage(_existing(path)).free
+
+
 def _existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent

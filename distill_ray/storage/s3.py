@@ -51,8 +51,9 @@ class S3Storage:
 
         return self._body("read", key, whole)
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        return self._range(key, start, length, None)
+    def get_range(self, key: str, start: int, length: int, version: str | None = None) -> bytes:
+        """With a `version`, raises IntegrityError once the object is at another one."""
+        return self._range(key, start, length, version)
 
     def put(self, key: str, data: bytes) -> None:
         name = self._name(key)
@@ -213,6 +214,11 @@ class S3Storage:
                     "nothing read after that was used: run again"
                 ) from error
             raise
+
+    def encrypted_by_key(self, key: str) -> bool:
+        """Whether the object is encrypted by a key of KMS or the customer's own, so that its ETag is no MD5."""
+        found = self._ask("read", key, lambda: self._client.head_object(Bucket=self._bucket, Key=self._name(key)))
+        return "SSECustomerAlgorithm" in found or found.get("ServerSideEncryption", "").startswith("aws:kms")
 
     def _written_by(self, name: str, writer: str) -> str | None:
         """The version, if this very call wrote it: its first answer was lost and its retry met its own object."""

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from distill_ray.errors import UserError
 from distill_ray.storage.atomic import explain_os, locked, replace_durably, temporary_beside
-from distill_ray.storage.base import ObjectInfo, Storage, StorageError
-from distill_ray.storage.uris import is_s3, open_storage
+from distill_ray.storage.uris import is_s3
 
 # How long one process waits for another's download of the same folder.
 _DOWNLOAD_S = 4 * 3600.0
@@ -31,21 +30,27 @@ def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -
 
     A local folder is given back as it is. An `s3://` one is downloaded once per content into a folder of the user's
     cache, named by a hash over names, sizes and ETags, so that a changed source never alters a folder in use; a
-    manifest beside it, written last, says that it is whole. Processes of one machine wait for each other.
+    manifest beside it, written last, says that it is whole. Objects come in parts, many at once; a killed download goes
+    on with the parts it had. Processes of one machine wait for each other.
 
     Args:
         uri: folder.
         cache: where to keep downloads; by default `$XDG_CACHE_HOME` (or `~/.cache`) `/distill_ray/staged`.
         weights: False leaves a model's weights where they are: its configuration and tokenizer are a few megabytes.
 
-    Raises UserError if the folder is missing or empty, StorageError if the store or the disk refuses.
+    Raises UserError if the folder is missing or empty, StorageError if the store refuses or the disk lacks room (found
+    before anything is read), IntegrityError if an object is overwritten meanwhile.
     """
     if not is_s3(uri):
         folder = Path(uri).expanduser().absolute()
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}; correct the path or put the files there")
         return folder
-    storage = open_storage(uri)
+    # Not at the top: the client takes a quarter of a second to import.
+    from distill_ray.storage.parts import download_folder
+    from distill_ray.storage.s3 import S3Storage
+
+    storage = S3Storage(uri)
     found = sorted(storage.list(""), key=lambda each: each.key)
     objects = [each for each in found if weights or not is_weights(each.key)]
     if not objects:
@@ -60,25 +65,13 @@ def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / f".lock-{name}", _DOWNLOAD_S):
             if not marker.exists():
-                _download(storage, objects, folder)
+                download_folder(storage, objects, folder)
                 with temporary_beside(marker) as temporary:
                     temporary.write_text(manifest)
                     replace_durably(temporary, marker)
     except OSError as error:
         raise explain_os(error, folder, "write", sum(o.size for o in objects)) from error
     return folder
-
-
-def _download(storage: Storage, objects: list[ObjectInfo], folder: Path) -> None:
-    for each in objects:
-        path = folder / each.key
-        # Files come by rename, so one that is there from a killed attempt is whole.
-        if path.exists() and path.stat().st_size == each.size:
-            continue
-        storage.download(each.key, path)
-        if path.stat().st_size != each.size:
-            path.unlink()
-            raise StorageError(f"{storage.uri}/{each.key} changed while it was downloaded; run again")
 
 
 def user_cache(name: str) -> Path:
