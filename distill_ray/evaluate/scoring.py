@@ -19,7 +19,7 @@ from distill_ray import report as reports
 from distill_ray.config import Recipe
 from distill_ray.config.sections import StudentSection
 from distill_ray.errors import DistillError, StoppedError
-from distill_ray.ingest import BatchPlan, PackLoader
+from distill_ray.ingest import BatchPlan
 from distill_ray.storage import Storage, stage_folder
 from distill_ray.student.published import stage_student
 from distill_ray.telemetry import Progress
@@ -27,9 +27,9 @@ from distill_ray.telemetry import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill_ray.ingest import PackedBatch
+    from distill_ray.ingest.batch import PackedBatch
     from distill_ray.losses import RowMetrics
-    from distill_ray.student import DistillModule
+    from distill_ray.student.module import DistillModule
     from distill_ray.targets import CaptureIdentity
 
 _POLL_S = 0.5
@@ -84,6 +84,8 @@ def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
     """Yields tokens/s after every batch, then the sums."""
     import torch
 
+    from distill_ray.ingest.loader import PackLoader
+
     recipe = job.recipe
     if not recipe.train.use_gpu:
         # Ray gives a task as many threads as it declares CPUs; this task runs alone.
@@ -118,7 +120,8 @@ def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
 
 def _load(origin: Recipe, trained: Path, identity: CaptureIdentity) -> DistillModule:
     """A student ready to score; `before` is built by the very function that training started from."""
-    from distill_ray.student import DistillModule, build_initial, loss_spec, shared_vocabulary
+    from distill_ray.student.build import build_initial
+    from distill_ray.student.module import DistillModule, loss_spec, shared_vocabulary
 
     # Only a student cut from the teacher needs its weights here; the tokenizer lies beside the trained student too.
     cut = origin.student.teacher_layers is not None

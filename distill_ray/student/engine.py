@@ -20,7 +20,7 @@ from distill_ray.student.schedule import learning_rate
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from distill_ray.ingest import PackedBatch
+    from distill_ray.ingest.batch import PackedBatch
 
 _TAG = "state"
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from distill_ray.config.loss import LossSection
 from distill_ray.errors import UserError
-from distill_ray.ingest import PackedBatch, attention_mask
+from distill_ray.ingest.attention import attention_mask
+from distill_ray.ingest.batch import PackedBatch
 from distill_ray.losses import LossSpec, SparseTargets, head_loss, project
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from distill_ray.storage import Storage
 from distill_ray.train.result import HISTORY_FILE
 
 if TYPE_CHECKING:
-    from distill_ray.student import StudentEngine
+    from distill_ray.student.engine import StudentEngine
     from distill_ray.train.worker import Job
 
 
@@ -37,7 +37,7 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
     """
     import torch.distributed as dist
 
-    from distill_ray.student import check_resumable
+    from distill_ray.student.engine import check_resumable
 
     broken: set[int] = set()
     while True:
@@ -71,7 +71,7 @@ def check_newest(recipe: Recipe, storage: Storage, plan: str) -> None:
     Raises:
         UserError: the newest whole checkpoint is of another plan, world size or ZeRO stage.
     """
-    from distill_ray.student import check_resumable
+    from distill_ray.student.engine import check_resumable
 
     manifest = checkpoints.latest_whole(storage, recipe.run_prefix)
     if manifest is not None:

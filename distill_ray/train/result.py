@@ -71,7 +71,8 @@ def publish_student(
     Raises:
         LeaseLostError: another driver took the run over; nothing was published.
     """
-    from distill_ray.student import merge_lora, write_folder
+    from distill_ray.student.folder import write_folder
+    from distill_ray.student.lora import merge_lora
 
     lora, steps = job.recipe.student.lora, len(history)
     # With the epoch in the key, a driver that lost its lease cannot touch its successor's files.

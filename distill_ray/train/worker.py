@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from distill_ray import checkpoints
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, UserError
-from distill_ray.ingest import BatchPlan, PackLoader, build_plan, open_cache, rank_micro_batches
+from distill_ray.ingest import BatchPlan, build_plan, open_cache
 from distill_ray.lease import LeaseToken
 from distill_ray.storage import Storage, StorageError, stage_folder
 from distill_ray.targets import RunManifest
@@ -25,7 +25,8 @@ from distill_ray.train.result import HISTORY_FILE, publish_student, published_st
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distill_ray.student import StepResult, StudentEngine
+    from distill_ray.ingest.loader import PackLoader
+    from distill_ray.student.engine import StepResult, StudentEngine
 
 T = TypeVar("T")
 _HISTORY_EVERY_S = 30.0
@@ -131,14 +132,11 @@ class _Run:
         )
 
     def _start(self, teacher_folder: Path) -> tuple[StudentEngine, PreTrainedModel]:
-        from distill_ray.student import (
-            DistillModule,
-            StudentEngine,
-            add_lora,
-            build_initial,
-            loss_spec,
-            shared_vocabulary,
-        )
+        from distill_ray.ingest.loader import rank_micro_batches
+        from distill_ray.student.build import build_initial
+        from distill_ray.student.engine import StudentEngine
+        from distill_ray.student.lora import add_lora
+        from distill_ray.student.module import DistillModule, loss_spec, shared_vocabulary
 
         recipe, train = self.recipe, self.recipe.train
         model, config = build_initial(recipe, teacher_folder, say=self._say)
@@ -155,6 +153,8 @@ class _Run:
         return StudentEngine.start(module, train, micro_steps=len(full)), model
 
     def _batches(self, start: int) -> PackLoader:
+        from distill_ray.ingest.loader import PackLoader
+
         identity = self.job.manifest.identity
         return PackLoader(
             self.storage,

@@ -14,12 +14,13 @@ import torch
 from distill_ray import capture, targets
 from distill_ray.config import Recipe
 from distill_ray.config.sections import CaptureSection
-from distill_ray.ingest import PackLoader
+from distill_ray.ingest.loader import PackLoader
 from distill_ray.lease import Lease
 from distill_ray.losses import head_metrics
 from distill_ray.schema import Sequence, SourceSlice, TargetRows, Unit
 from distill_ray.storage import open_storage
-from distill_ray.student import DistillModule, build_initial, loss_spec
+from distill_ray.student.build import build_initial
+from distill_ray.student.module import DistillModule, loss_spec
 from distill_ray.teacher import vocabulary_size
 from distill_ray.teacher.transformers_engine import TransformersEngine
 from distill_ray.train.worker import make_plan

@@ -14,7 +14,7 @@ from distill_ray import train
 from distill_ray.config import Recipe
 from distill_ray.config.sections import StudentSection
 from distill_ray.errors import StoppedError, UserError
-from distill_ray.ingest import PackLoader
+from distill_ray.ingest.loader import PackLoader
 from distill_ray.lease import Lease, read_published
 from distill_ray.storage import Storage, open_storage
 from distill_ray.targets import RunManifest
@@ -271,7 +271,8 @@ def test_a_student_equal_to_its_teacher_has_kl_below_1e_3_at_every_position(root
     import torch
 
     from distill_ray.losses import head_metrics
-    from distill_ray.student import DistillModule, build_initial, loss_spec
+    from distill_ray.student.build import build_initial
+    from distill_ray.student.module import DistillModule, loss_spec
 
     run = new_run(
         root,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from distill_ray.ingest import PackedBatch
+from distill_ray.ingest.batch import PackedBatch
 from distill_ray.losses import SparseTargets
 
 VOCAB = 60

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from distill_ray.ingest import attention_mask
+from distill_ray.ingest.attention import attention_mask
 
 LENGTHS = [7, 1, 12, 4]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from distill_ray.errors import CannotCaptureError, IntegrityError
-from distill_ray.ingest import BatchPlan, PackLoader, build_plan, open_cache
+from distill_ray.ingest import BatchPlan, build_plan, open_cache
+from distill_ray.ingest.loader import PackLoader
 from distill_ray.schema import Sequence, SourceSlice, TargetRows, Unit
 from distill_ray.storage import NotFoundError, open_storage
 from distill_ray.targets import CaptureIdentity, ManifestUnit, RunManifest, encode_unit, unit_key

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from distill_ray.errors import UserError
-from distill_ray.ingest import BatchPlan, build_plan, rank_micro_batches
+from distill_ray.ingest import BatchPlan, build_plan
+from distill_ray.ingest.loader import rank_micro_batches
 from distill_ray.schema import UnitSummary
 from distill_ray.targets import CaptureIdentity, ManifestUnit, RunManifest
 

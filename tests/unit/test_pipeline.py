@@ -1,8 +1,10 @@
-"""What makes two recipes the same run."""
+"""What makes two recipes the same run, and what a driver loads."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from distill_ray.config import load_recipe
@@ -20,3 +22,9 @@ def test_auto_and_the_dtype_it_means_are_one_run_and_another_dtype_is_not(tmp_pa
     )
     assert auto == same
     assert auto != differs
+
+
+def test_the_driver_loads_no_framework_before_it_needs_one():
+    heavy = ("torch", "transformers", "ray", "vllm", "deepspeed", "boto3", "pandas", "numba")
+    code = f"import sys, distill_ray.pipeline; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -13,7 +13,7 @@ import torch
 
 from distill_ray import student
 from distill_ray.config.sections import TrainSection
-from distill_ray.ingest import PackedBatch
+from distill_ray.ingest.batch import PackedBatch
 from distill_ray.losses import LossSpec
 from tests.unit.student_fakes import VOCAB, documents, pack, tiny_config, tiny_model
 

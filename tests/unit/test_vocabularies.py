@@ -8,7 +8,7 @@ import torch
 
 from distill_ray.errors import UserError
 from distill_ray.losses import LossSpec, SparseTargets, head_loss
-from distill_ray.student import shared_vocabulary
+from distill_ray.student.module import shared_vocabulary
 from tests.unit.student_fakes import tiny_config, tiny_model
 from tests.unit.test_ingest_loader import Corpus
 
