@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from distill_ray import student
 from distill_ray.config.loss import LossSection
 from distill_ray.config.sections import LoraSection, TrainSection
 from distill_ray.errors import UserError
 from distill_ray.losses import LossSpec, project
-from distill_ray.student.build import cut_config, from_teacher_layers
+from distill_ray.student.build import build_initial, cut_config, from_teacher_layers
+from distill_ray.student.engine import StudentEngine, check_resumable
+from distill_ray.student.folder import write_folder
+from distill_ray.student.lora import add_lora, merge_lora
+from distill_ray.student.module import DistillModule, loss_spec
+from distill_ray.student.schedule import learning_rate
 from tests.assets import tiny_llama_folder, tiny_teacher_folder
 from tests.stages.train_assets import tiny_recipe
 from tests.unit.student_fakes import VOCAB, documents, pack, steps_of, tiny_config, tiny_model
@@ -27,12 +31,12 @@ SPEC = LossSpec(VOCAB, 1.0, 0.2)
 
 def test_learning_rate_rises_then_falls_to_its_last_share():
     section = TrainSection(learning_rate=1.0, warmup_fraction=0.1, final_lr_fraction=0.1)
-    rates = [student.learning_rate(s, 100, section) for s in range(100)]
+    rates = [learning_rate(s, 100, section) for s in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
-    assert student.learning_rate(0, 1, section.model_copy(update={"warmup_fraction": 0.0})) == pytest.approx(1.0)
+    assert learning_rate(0, 1, section.model_copy(update={"warmup_fraction": 0.0})) == pytest.approx(1.0)
 
 
 def test_chosen_layers_of_the_teacher_are_copied_with_their_indices():
@@ -64,14 +68,14 @@ def test_random_student_is_drawn_from_the_seed_and_needs_enough_rows(tmp_path: P
     weights = []
     for seed in (1, 1, 2):
         recipe = tiny_recipe(tmp_path, student={"config": str(tmp_path)}, train={"seed": seed})
-        model, text = student.build_initial(recipe, tiny_teacher_folder())
+        model, text = build_initial(recipe, tiny_teacher_folder())
         assert text.num_hidden_layers == 1
         weights.append(model.model.embed_tokens.weight.detach())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 500}))
     with pytest.raises(UserError, match="500 embedding rows"):
-        student.build_initial(tiny_recipe(tmp_path, student={"config": str(tmp_path)}), tiny_teacher_folder())
+        build_initial(tiny_recipe(tmp_path, student={"config": str(tmp_path)}), tiny_teacher_folder())
 
 
 HEADS = [
@@ -87,8 +91,8 @@ HEADS = [
 @pytest.mark.parametrize(("kind", "extra"), HEADS)
 def test_packed_hidden_states_and_head_give_each_documents_own_logits(kind: str, extra: dict[str, object]):
     model = tiny_model(tiny_config(kind, **extra))
-    spec = student.loss_spec(model.config, VOCAB, LossSection())
-    module = student.DistillModule(model, spec)
+    spec = loss_spec(model.config, VOCAB, LossSection())
+    module = DistillModule(model, spec)
     rng = np.random.default_rng(0)
     docs = documents(rng, 3)
     batch = pack(rng, docs, 30, 1.0)
@@ -104,9 +108,9 @@ def test_a_scheduled_loss_is_that_of_the_batchs_step():
     model = tiny_model(tiny_config())
 
     def at(step: int) -> LossSpec:
-        return student.loss_spec(model.config, VOCAB, section, step=step, steps=4)
+        return loss_spec(model.config, VOCAB, section, step=step, steps=4)
 
-    module = student.DistillModule(model, at(0), at)
+    module = DistillModule(model, at(0), at)
     rng = np.random.default_rng(0)
     batch = pack(rng, documents(rng, 3), 30, 1.0)
     for step in range(4):
@@ -118,7 +122,7 @@ def test_a_scheduled_loss_is_that_of_the_batchs_step():
 def test_a_head_that_does_something_unknown_is_refused():
     model = tiny_model(tiny_config("GraniteConfig", logits_scaling=4.0))
     with pytest.raises(UserError, match="does not know"):
-        student.DistillModule(model, SPEC)
+        DistillModule(model, SPEC)
 
 
 LEAKING = [
@@ -135,13 +139,13 @@ LEAKING = [
 def test_a_model_whose_state_crosses_documents_is_refused(kind: str, extra: dict[str, object], dtype: torch.dtype):
     model = tiny_model(tiny_config(kind, **extra)).to(dtype)
     with pytest.raises(UserError, match=r"packed behind another document.*choose a student with attention"):
-        student.DistillModule(model, student.loss_spec(model.config, VOCAB, LossSection()))
+        DistillModule(model, loss_spec(model.config, VOCAB, LossSection()))
 
 
 @pytest.mark.parametrize("kind", ["LlamaConfig", "MixtralConfig"])
 def test_attention_alone_is_not_taken_for_a_leak_in_bfloat16(kind: str):
     model = tiny_model(tiny_config(kind)).to(torch.bfloat16)
-    assert student.DistillModule(model, SPEC)
+    assert DistillModule(model, SPEC)
 
 
 DROPOUTS = [
@@ -156,8 +160,8 @@ def test_a_configuration_with_dropout_trains_without_it(tmp_path: Path, kind: st
     tiny_config(kind, **extra, vocab_size=512).save_pretrained(tmp_path)
     recipe = tiny_recipe(tmp_path, student={"config": str(tmp_path)})
     notes: list[str] = []
-    model, config = student.build_initial(recipe, tiny_teacher_folder(), notes.append)
-    module = student.DistillModule(model, student.loss_spec(config, 512, LossSection())).train()
+    model, config = build_initial(recipe, tiny_teacher_folder(), notes.append)
+    module = DistillModule(model, loss_spec(config, 512, LossSection())).train()
     rng = np.random.default_rng(0)
     batch = pack(rng, documents(rng, 3), 30, 1.0)
     assert float(module(batch)[0].detach()) == float(module(batch)[0].detach())
@@ -168,7 +172,7 @@ def test_a_configuration_with_dropout_trains_without_it(tmp_path: Path, kind: st
 def test_adapters_merge_to_what_peft_computes():
     model = tiny_model(tiny_config())
     section = LoraSection(rank=2, alpha=3.0, targets=("q_proj", "down_proj"))
-    student.add_lora(model, section, seed=0)
+    add_lora(model, section, seed=0)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 2
     assert all("lora_" in n for n in trained)
@@ -180,14 +184,14 @@ def test_adapters_merge_to_what_peft_computes():
     with torch.no_grad():
         adapted = model(ids).logits
         plain = tiny_model(tiny_config(), seed=1)
-        plain.load_state_dict(student.merge_lora(model.state_dict(), section))
+        plain.load_state_dict(merge_lora(model.state_dict(), section))
         torch.testing.assert_close(plain(ids).logits, adapted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [("q_prj",), ("lm_head",)])
 def test_adapters_on_unknown_modules_or_the_head_are_refused(targets: tuple[str, ...]):
     with pytest.raises(UserError, match=r"student\.lora\.targets"):
-        student.add_lora(tiny_model(tiny_config()), LoraSection(targets=targets), seed=0)
+        add_lora(tiny_model(tiny_config()), LoraSection(targets=targets), seed=0)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -195,7 +199,7 @@ def test_the_written_folder_loads_and_brings_the_teachers_tokenizer(tmp_path: Pa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = tiny_model(tiny_config(tie_word_embeddings=tie))
-    student.write_folder(model, model.state_dict(), tiny_teacher_folder(), tmp_path / "out")
+    write_folder(model, model.state_dict(), tiny_teacher_folder(), tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
@@ -221,12 +225,12 @@ def test_accumulated_loss_is_normalised_by_the_whole_batch(one_process_group: No
     )
     config = tiny_config(tie_word_embeddings=True)
     batches = steps_of(np.random.default_rng(1), 3, 3)
-    module = student.DistillModule(tiny_model(config), SPEC)
-    engine = student.StudentEngine.start(module, section, micro_steps=3)
+    module = DistillModule(tiny_model(config), SPEC)
+    engine = StudentEngine.start(module, section, micro_steps=3)
     source = iter(batches)
     results = [engine.train_step(source, 3) for _ in range(3)]
 
-    plain = student.DistillModule(tiny_model(config), SPEC).train()
+    plain = DistillModule(tiny_model(config), SPEC).train()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=section.betas, weight_decay=0.0)
     for step, result in enumerate(results):
         micro = [b for b in batches if b.step == step]
@@ -234,7 +238,7 @@ def test_accumulated_loss_is_normalised_by_the_whole_batch(one_process_group: No
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
-        optimizer.param_groups[0]["lr"] = student.learning_rate(step, 3, section)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, 3, section)
         optimizer.step()
         assert result.loss == pytest.approx(float(loss.detach()), rel=1e-5)
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
@@ -247,9 +251,9 @@ def test_accumulated_loss_is_normalised_by_the_whole_batch(one_process_group: No
 
 def test_other_world_size_or_stage_is_refused_with_the_remedy():
     section = TrainSection(zero_stage=2)
-    student.check_resumable(2, 2, 2, section, 10)
+    check_resumable(2, 2, 2, section, 10)
     with pytest.raises(UserError, match=r"saved by 4 workers at ZeRO stage 3.*max = 4"):
-        student.check_resumable(4, 3, 2, section, 10)
+        check_resumable(4, 3, 2, section, 10)
 
 
 def test_each_rank_needs_its_own_shards_and_the_common_files():
@@ -258,4 +262,4 @@ def test_each_rank_needs_its_own_shards_and_the_common_files():
         "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
         "bf16_zero_pp_rank_11_mp_rank_00_optim_states.pt",
     ]
-    assert student.StudentEngine.needed(names, 1) == names[:2]
+    assert StudentEngine.needed(names, 1) == names[:2]
