@@ -74,8 +74,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy crosses documents",
         "distill_ray/ingest/batch.py",
-        "rows.add(b * width + at, ref, stored, form.temperature)",
-        "rows.add(b * width + at + (number > 0), ref, stored, form.temperature)",
+        "rows.add(b * width + at, ref, stored, form)",
+        "rows.add(b * width + at + (number > 0), ref, stored, form)",
         UNIT + "test_ingest_loader.py",
     ),
     Mutant(
