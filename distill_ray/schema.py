@@ -71,8 +71,8 @@ class DeadLetter:
 
 COUNT_SHIFT = 20
 """A drawn id and its count as one 32-bit word: id | count << 20, so V ≤ 2^20 and a row has at most 4,095 draws."""
-DRAW_BYTES, ROW_DRAW_BYTES = 6, 2
-"""Stored bytes of each distinct token drawn at a row, and of each row."""
+DRAW_BYTES, ROW_DRAW_BYTES = 6, 4
+"""Stored bytes of each distinct token drawn at a row, and of each row: Parquet has no integers below 4 bytes."""
 
 
 @dataclass(frozen=True)

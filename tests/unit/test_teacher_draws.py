@@ -27,7 +27,7 @@ from distill_ray.teacher.seeds import (
     sequence_hash,
     uniforms,
 )
-from distill_ray.teacher.wire import rows_from_words
+from distill_ray.teacher.wire import row_words, rows_from_words
 from tests.assets import REPO
 from tests.unit.draws_fakes import FakeHead, draws_of, keys, p_value, padded, probabilities, reduced
 from tests.unit.targets_fakes import identity
@@ -83,12 +83,10 @@ def _temperatures(spec: DrawSpec) -> tuple[float, ...]:
     return () if spec.temperature == 1 else (spec.temperature,)
 
 
-def _drawn(
-    logits_V: torch.Tensor, spec: DrawSpec, sharding: str = "whole", rows: int = ROWS, sequence: int = 1
-) -> Draws:
-    """Draws at `rows` rows that all have the same logits."""
-    heads = SHARDING[sharding](logits_V.expand(rows, -1))
-    return draws_of(reduced(heads, K, _temperatures(spec), spec, keys(rows, sequence)), K, _temperatures(spec))
+def _drawn(logits_V: torch.Tensor, spec: DrawSpec, sharding: str = "whole") -> Draws:
+    """Draws at rows that all have the same logits."""
+    heads = SHARDING[sharding](logits_V.expand(ROWS, -1))
+    return draws_of(reduced(heads, K, _temperatures(spec), spec, keys(ROWS)), K, _temperatures(spec))
 
 
 @pytest.mark.parametrize("sharding", SHARDING)
@@ -131,28 +129,29 @@ def test_a_real_vocabulary(tail_only: bool) -> None:
     order = np.argsort(-p)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    edges = np.unique(np.geomspace(1, len(p) + 1, 40).astype(int)) - 1  # classes of ids by rank
-    by_class = Draws(
-        np.searchsorted(edges, rank[draws.ids_M], side="right") - 1, draws.counts_M, *[draws.logprobs_M] * 2
-    )
+    edges = np.unique(np.geomspace(1, len(p), 40).astype(int)) - 1  # classes of ids by rank
+    by_class = replace(draws, ids_M=np.searchsorted(edges, rank[draws.ids_M], side="right") - 1)
     assert p_value(by_class, np.add.reduceat(p[order], edges)) > 1e-4
 
 
-def test_draws_from_the_top_k_alone_are_seen() -> None:
-    """The planted fault: what lies outside the top 64 of 300 tokens, 1.6 % of the mass, is never drawn."""
-    z, spec = _logits(), DrawSpec(N, False, 1.0)
-    cut = torch.where(z >= z.topk(64).values[-1], z, -torch.inf)
-    whole = probabilities(z, K, spec)
-    assert 0.01 < 1 - whole[torch.isfinite(cut).numpy()].sum() < 0.02
-    assert p_value(_drawn(z, spec), whole) > 1e-4 > 1e-9 > p_value(_drawn(cut, spec), whole)
+@pytest.mark.parametrize("tail_only", [False, True], ids=["all", "tail"])
+def test_draws_from_the_top_k_alone_are_seen(tail_only: bool) -> None:
+    """The planted fault: what lies outside the top 128 of 300 tokens, 2.5 % of the mass, is never drawn."""
+    z, spec = _logits(), DrawSpec(N, tail_only, 1.0)
+    cut = torch.where(z >= z.topk(128).values[-1], z, -torch.inf)
+    p = probabilities(z, K, spec)
+    assert 1 - z.softmax(0)[torch.isfinite(cut)].sum() == pytest.approx(0.025, abs=0.005)
+    assert p_value(_drawn(z, spec), p) > 1e-4
+    assert p_value(_drawn(cut, spec), p) < 1e-9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_how_the_vocabulary_is_split_changes_no_draw(dtype: torch.dtype) -> None:
     for spec in (DrawSpec(N, False, 2.0), DrawSpec(N, True, 1.0)):
-        words = [_drawn(_logits(dtype=dtype), spec, sharding).words() for sharding in SHARDING]
+        found = [_drawn(_logits(dtype=dtype), spec, sharding) for sharding in SHARDING]
+        first, *others = [np.repeat(d.ids_M, d.counts_M).reshape(ROWS, N) for d in found]
         # Sums of shards round otherwise: of 20,000 draws one or two may fall on the other side of a boundary.
-        assert all(len(np.setdiff1d(w, words[0])) <= 4 for w in words[1:])
+        assert all((other != first).mean() < 1e-3 for other in others)
 
 
 def test_batch_chunks_and_tiles_change_no_draw() -> None:
@@ -164,12 +163,10 @@ def test_batch_chunks_and_tiles_change_no_draw() -> None:
     np.testing.assert_array_equal(mixed, whole[order])
     chunks = [reduced(_whole(table), K, (), spec, row_keys(1, a, 7), np.arange(a, a + 7)) for a in (0, 7, 14)]
     np.testing.assert_array_equal(np.concatenate(chunks), whole[:21])
-    assert (
-        draws_of(whole, K, ()).words()
-        != draws_of(reduced(_whole(table), K, (), spec, keys(n, 2)), K, ()).words()[
-            : len(draws_of(whole, K, ()).words())
-        ]
-    ).any()
+    other = reduced(_whole(table), K, (), spec, keys(n, sequence=2))
+    drawn = row_words(K, ())
+    np.testing.assert_array_equal(other[:, :drawn], whole[:, :drawn])
+    assert (other[:, drawn:] != whole[:, drawn:]).any(1).all()
 
 
 def fingerprint() -> str:
@@ -202,15 +199,18 @@ def test_the_compiled_search_is_torchs(dtype: torch.dtype, temperature: float) -
     compiled = _search("cpu", dtype)
     assert compiled is not search_by_torch
     got, want = (f(tile, greatest, temperature, wanted) for f in (compiled, search_by_torch))
-    assert (got != want).sum() <= 2  # at a boundary the two sums round differently
+    beyond = torch.arange(N) == 1
+    assert (got != want)[:, ~beyond].sum() <= 2  # at a boundary the two sums round differently
     assert (got[:, ::5] == -1).all()
     assert (got[5] == -1).all()
     found = got >= 0
     assert torch.isfinite(tile.gather(1, got.clamp_min(0)))[found].all()
     upto = ((tile.double() - greatest[:, None]) / temperature).exp().cumsum(1)
     exact = torch.searchsorted(upto, wanted, right=True).clamp(max=tile.shape[1] - 1)
-    inner = found & (wanted < mass * 0.999)
-    assert (got - exact)[inner].abs().float().mean() < 0.01
+    assert (got != exact)[found & ~beyond].sum() <= 2
+    heavy = (tile.double() - greatest[:, None]) / temperature > -87  # e^-87 is the least normal float32
+    last = torch.where(heavy, torch.arange(tile.shape[1]), -1).amax(1)
+    assert (got[:, 1] == last).all()
 
 
 def test_rows_pass_the_stores_own_checks() -> None:
@@ -235,8 +235,6 @@ def test_a_tail_of_nothing_gives_no_draw_and_a_nan_refuses_its_row() -> None:
     assert rows.draws is not None
     assert (rows.draws.distinct_N == 0).tolist() == [t == 2 for t in range(9)]
     assert "at 1 of 9 positions, first 4" in str(finite_or_reason(rows))
-    good = np.isfinite(np.repeat(np.arange(9), rows.draws.distinct_N))
-    assert good.all()
     everything = draws_of(reduced(_parts(z[2:3]), K, (), DrawSpec(N, False, 1.0), keys(1)), K, ())
     assert everything.counts_M.sum() == N
     assert everything.ids_M.max() < K
