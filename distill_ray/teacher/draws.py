@@ -4,6 +4,7 @@ Two uniforms a draw. The first falls on a kept token or on the tail. The second 
 shard, by the shards' masses, then a column inside that shard's own tile. Both go by ascending ids. So a draw depends on
 the row's logits and its seed alone, not on how the vocabulary is split, and two likely tokens that low bits put in
 another order change no more than the bits did. Across ranks go the drawn ids and their logits, never the vocabulary.
+Nothing here has been run on a GPU yet.
 
 Legend: R rows, W columns of a shard, K kept, C = P·K candidates, P shards, N draws, V vocabulary.
 """
@@ -25,8 +26,8 @@ from distill_ray.teacher.reduction import Candidates, ShardRows, candidates, red
 from distill_ray.teacher.seeds import uniforms
 
 _CPU_TYPES = (torch.float32, torch.bfloat16)
-_BLOCK_BYTES = 2**24
-"""Bytes of float32 that exist at once while a tile is searched by torch."""
+_BLOCK_BYTES = {"cpu": 2**24, "cuda": 2**27}
+"""Bytes of float32 that exist at once while torch searches a tile: with fewer on a GPU, launches would dominate."""
 _RUN = 256
 """Columns whose masses are summed before any of them is looked at."""
 _NO_MASS = 2.0**-100
@@ -160,9 +161,8 @@ def _choose(spec: DrawSpec, keys_R: torch.Tensor, shards: list[ShardRows], found
         order_RK = found.ids_RC[:, :top_k].argsort(1)
         head_RK = ((found.values_RC.gather(1, order_RK) - top_R1).double() / T).exp().cumsum(1)
         tail_R1 = upto_RP[:, -1:] * ((greatest_R1 - top_R1).double() / T).exp()
-        place_RN = torch.searchsorted(
-            head_RK, uniforms(keys_R, spec.count, lane=0) * (head_RK[:, -1:] + tail_R1), right=True
-        )
+        sought_RN = uniforms(keys_R, spec.count, lane=0) * (head_RK[:, -1:] + tail_R1)
+        place_RN = torch.searchsorted(head_RK, sought_RN, right=True)
         kept_RN = torch.where(place_RN < top_k, order_RK.gather(1, place_RN.clamp(max=top_k - 1)), kept_RN)
     return _Choice(kept_RN, shard_RN, wanted_RN, greatest_R1[:, 0], (upto_RP[:, -1] == 0) & spec.tail_only)
 
@@ -215,7 +215,8 @@ def search_by_torch(
         wanted_RN: float64; negative where nothing is wanted, which gives −1.
     """
     width, n_draws = logits_RW.shape[1], wanted_RN.shape[1]
-    step = max(1, _BLOCK_BYTES // (4 * max(width, 3 * _RUN * n_draws)))
+    most = _BLOCK_BYTES.get(logits_RW.device.type, _BLOCK_BYTES["cpu"])
+    step = max(1, most // (4 * max(width, 3 * _RUN * n_draws)))
     parts = zip(logits_RW.split(step), greatest_R.split(step), wanted_RN.split(step), strict=True)
     return torch.cat([_search_block(z.float(), top[:, None], temperature, w) for z, top, w in parts])
 

@@ -87,9 +87,17 @@ class TileReducer:
         found = candidates(shards)
         words = merge(shards, logit_R, self._temperatures, found)
         top_logprob_R = words[:, self._top_k].contiguous().view(torch.float32)
-        parts = self._own_shards(logits_RW, own)
-        draws = (self._draws, keys_R, shards, found, parts, top_logprob_R, self._temperatures, self._combined)
-        return torch.cat([words, draw_words(*draws)], 1)
+        drawn = draw_words(
+            self._draws,
+            keys_R,
+            shards,
+            found,
+            self._own_shards(logits_RW, own),
+            top_logprob_R,
+            self._temperatures,
+            self._combined,
+        )
+        return torch.cat([words, drawn], 1)
 
     def _own_shards(self, logits_RW: torch.Tensor, rows: list[ShardRows]) -> list[OwnShard]:
         ranks = self._head.tp_size
