@@ -1,11 +1,12 @@
 """What crosses stage boundaries: units, sequences, target rows, summaries. Plain dataclasses over numpy.
 
-Legend of shapes: N target rows (positions), K kept tokens, V real vocabulary, n tokens of one sequence (N = n − 1).
+Legend of shapes: N target rows (positions), K kept tokens, V real vocabulary, n tokens of one sequence (N = n − 1),
+M drawn ids of all rows together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -68,6 +69,44 @@ class DeadLetter:
     reason: str
 
 
+COUNT_SHIFT = 20
+"""A drawn id and its count as one 32-bit word: id | count << 20, so V ≤ 2^20 and a row has at most 4,095 draws."""
+DRAW_BYTES, ROW_DRAW_BYTES = 6, 4
+"""Stored bytes of each distinct token drawn at a row, and of each row: Parquet has no integers below 4 bytes."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Tokens drawn from the teacher at every row, with replacement: row after row, each row's distinct ids ascending.
+
+    A row's counts sum to the capture's number of draws; only a row with nothing to draw from has none.
+    """
+
+    ids_M: np.ndarray
+    """int32."""
+    counts_M: np.ndarray
+    """int32 how often each was drawn, ≥ 1."""
+    logprobs_M: np.ndarray
+    """float32 log-probability, temperature 1 whatever they were drawn at."""
+    distinct_N: np.ndarray
+    """uint16 ids of each row, which sum to M."""
+
+    @classmethod
+    def of_words(cls, words_M: np.ndarray, logprobs_M: np.ndarray, distinct_N: np.ndarray) -> Draws:
+        """From uint32 id | count << 20."""
+        ids_M = (words_M & np.uint32((1 << COUNT_SHIFT) - 1)).astype(np.int32)
+        return cls(ids_M, (words_M >> np.uint32(COUNT_SHIFT)).astype(np.int32), logprobs_M, distinct_N)
+
+    @classmethod
+    def joined(cls, parts: list[Draws]) -> Draws:
+        """Those of consecutive rows."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def words(self) -> np.ndarray:
+        """[M] uint32 id | count << 20."""
+        return self.ids_M.astype("<u4") | self.counts_M.astype("<u4") << np.uint32(COUNT_SHIFT)
+
+
 @dataclass(frozen=True)
 class TargetRows:
     """The teacher's distribution over token t+1 given tokens ≤ t, for t = 0 … N − 1, before the codec."""
@@ -86,6 +125,8 @@ class TargetRows:
     """float32 entropy in nats; None where the engine cannot give it."""
     log_tail_at: dict[float, np.ndarray] = field(default_factory=dict)
     """Temperature T ≠ 1 → float32 [N] log tail mass of softmax(z / T) outside the same K ids."""
+    draws: Draws | None = None
+    """None where the capture keeps none."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +148,8 @@ class UnitSummary:
     """Dead letters of the unit."""
     teacher_seconds: float
     """Seconds the teacher spent on the unit."""
+    distinct_draws: int = 0
+    """Sum over rows of the distinct tokens drawn; 0 where the capture keeps none."""
 
     @property
     def rows(self) -> int:

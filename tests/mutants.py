@@ -74,8 +74,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy crosses documents",
         "distill_ray/ingest/batch.py",
-        "rows.add(b * width + at, ref, stored, form.temperature)",
-        "rows.add(b * width + at + (number > 0), ref, stored, form.temperature)",
+        "rows.add(b * width + at, ref, stored, form)",
+        "rows.add(b * width + at + (number > 0), ref, stored, form)",
         UNIT + "test_ingest_loader.py",
     ),
     Mutant(
@@ -283,5 +283,33 @@ MUTANTS = (
         "if manifest.plan != plan:",
         "if False:",
         UNIT + "test_train_result.py::test_a_checkpoint_of_another_plan_is_refused_with_both_digests",
+    ),
+    Mutant(
+        "drawn from the top k alone",
+        "distill_ray/teacher/draws.py",
+        "(head_RK[:, -1:] + tail_R1)",
+        "head_RK[:, -1:]",
+        UNIT + "test_teacher_draws.py::test_draws_have_the_teachers_distribution",
+    ),
+    Mutant(
+        "draws seeded by place in the batch",
+        "distill_ray/teacher/spans.py",
+        "row_keys(hash_in_name(s.request), s.start, s.count)",
+        "row_keys(hash_in_name(s.request), s.offset, s.count)",
+        UNIT + "test_worker_capture.py::test_rows_computed_again_have_the_same_seeds",
+    ),
+    Mutant(
+        "what a shard lost to the merge is never drawn",
+        "distill_ray/teacher/draws.py",
+        "left_RK = torch.where(kept_RK, -torch.inf, values_RK)",
+        "left_RK = torch.full_like(values_RK, -torch.inf)",
+        UNIT + "test_teacher_draws.py::test_draws_have_the_teachers_distribution",
+    ),
+    Mutant(
+        "tail draws without the tail's mass",
+        "distill_ray/losses/draws.py",
+        "log_tail_N.exp()[:, None] * counts_NM / total_N1",
+        "counts_NM / total_N1",
+        UNIT + "test_ingest_draws.py::test_the_loss_on_drawn_tokens_is_unbiased",
     ),
 )

@@ -127,7 +127,7 @@ def _pipeline(
                 partial(
                     _read_row,
                     section=recipe.corpus,
-                    most_tokens=corpus.most_unit_tokens(identity.top_k),
+                    most_tokens=corpus.most_unit_tokens(identity.top_k, identity.draws),
                     tokenizer_ref=[tokenizer_ref],
                 ),
                 num_cpus=_TASK_CPUS,

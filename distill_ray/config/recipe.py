@@ -66,19 +66,31 @@ class Recipe(Section):
                     f"{list(self.capture.temperatures)}); the tail mass at T cannot be known from the kept tokens: "
                     f"add {T} to capture.temperatures"
                 )
-        # Goes once capture keeps draws: then it is the capture section that says which there are.
-        if self.loss.needs_draws:
-            raise ValueError(
-                f'loss.objective="{self.loss.objective}" needs tokens drawn in the teacher process, but capture keeps '
-                f"the exact top {self.capture.top_k} only, and drawing from these would be biased: use "
-                'objective = "bucket"'
-            )
+        self._draws_serve_the_loss()
         if self.train.pack_tokens < self.corpus.window_tokens:
             raise ValueError(
                 f"train.pack_tokens={self.train.pack_tokens} is less than corpus.window_tokens="
                 f"{self.corpus.window_tokens}: a full window would not fit one packed row; raise pack_tokens"
             )
         return self
+
+    def _draws_serve_the_loss(self) -> None:
+        loss, capture = self.loss, self.capture
+        if not loss.needs_draws:
+            return
+        if not capture.draws or capture.draws_from != loss.draws_from:
+            whole = {"all": "the teacher's whole distribution", "tail": f"outside its top {capture.top_k}"}
+            raise ValueError(
+                f'loss.objective="{loss.objective}" needs tokens drawn from {whole[str(loss.draws_from)]} in the '
+                f"teacher's process, but capture.draws={capture.draws} and capture.draws_from="
+                f'"{capture.draws_from}"; set capture.draws = {capture.draws or 50} and capture.draws_from = '
+                f'"{loss.draws_from}", or use objective = "bucket"'
+            )
+        if loss.temperature != capture.draws_temperature:
+            raise ValueError(
+                f"loss.temperature={loss.temperature}, but tokens are drawn at capture.draws_temperature="
+                f"{capture.draws_temperature}, and another temperature needs other draws; set both to one value"
+            )
 
     @property
     def run_prefix(self) -> str:
