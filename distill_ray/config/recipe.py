@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from distill_ray.config.kinds import Placement, Section
 from distill_ray.config.loss import LossSection
 from distill_ray.config.sections import (
+    AuditSection,
     CaptureSection,
     CorpusSection,
     EvaluateSection,
@@ -44,6 +45,7 @@ class Recipe(Section):
     corpus: CorpusSection
     teacher: TeacherSection
     capture: CaptureSection = CaptureSection()
+    audit: AuditSection = AuditSection()
     student: StudentSection
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
@@ -72,6 +74,11 @@ class Recipe(Section):
                 f'loss.objective="{self.loss.objective}" needs tokens drawn in the teacher process, but capture keeps '
                 f"the exact top {self.capture.top_k} only, and drawing from these would be biased: use "
                 'objective = "bucket"'
+            )
+        if self.audit.engine == "transformers" and self.teacher.quantization is not None:
+            raise ValueError(
+                f'audit.engine="transformers" cannot load teacher.quantization={self.teacher.quantization!r}, which is '
+                'vLLM\'s; use audit.engine = "vllm"'
             )
         if self.train.pack_tokens < self.corpus.window_tokens:
             raise ValueError(

@@ -20,3 +20,11 @@ def test_auto_and_the_dtype_it_means_are_one_run_and_another_dtype_is_not(tmp_pa
     )
     assert auto == same
     assert auto != differs
+
+
+def test_how_much_is_audited_is_no_part_of_a_run(tmp_path: Path):
+    few = Job(tmp_path, str(tmp_path / "root"))
+    plain = run_identity(load_recipe(few.recipe))
+    many = Job(tmp_path, str(tmp_path / "root"), audit=1000)
+    assert run_identity(load_recipe(many.recipe)) == plain
+    assert "audit" not in plain
