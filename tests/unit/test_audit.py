@@ -107,6 +107,19 @@ def swapped_id(rank: int) -> Callable[[TargetRows], TargetRows]:
     return plant
 
 
+def left_out(rows: TargetRows) -> TargetRows:
+    """The id at rank 3 is missing: the next ones moved up, and one more follows, each with its own numbers."""
+    again = rows_of(1)[1]
+    kept = np.delete(np.arange(K + 1), 2)
+    outside = np.exp(again.log_tail_N[ROW]) + np.exp(again.logprobs_NK[ROW, K + 1 :]).sum()
+    return put(
+        rows,
+        ids_NK=again.ids_NK[ROW, kept],
+        logprobs_NK=again.logprobs_NK[ROW, kept],
+        log_tail_N=np.log(outside + np.exp(again.logprobs_NK[ROW, 2])),
+    )
+
+
 def exchanged(rows: TargetRows) -> TargetRows:
     """The ids at ranks 3 and 4 change places."""
     ids = rows.ids_NK[ROW].copy()
@@ -131,6 +144,7 @@ PLANTS: dict[str, tuple[Callable[[TargetRows], TargetRows], str]] = {
     "swapped id at rank 1": (swapped_id(1), "it is not among the first 80"),
     "swapped id at rank 9": (swapped_id(9), "it is not among the first 80"),
     "swapped id at the last rank": (swapped_id(K), "it is not among the first 80"),
+    "an id left out": (left_out, "is not stored, scored again it has rank 3"),
     "two ids exchanged": (exchanged, "of an id stored before it"),
     "+0.3 nats at rank 2": (off_by(0.3, 2), "nats apart; its gap to rank 1"),
     "-0.3 nats at rank 2": (off_by(-0.3, 2), "of an id stored before it"),
