@@ -72,7 +72,7 @@ def _batches(recipe: Recipe) -> Finding:
 
 def _installed(recipe: Recipe) -> Finding:
     needed = {"deepspeed": "student", "transformers": "student"}
-    if recipe.teacher.engine == "vllm":
+    if "vllm" in (recipe.teacher.engine, recipe.audit.engine):
         needed["vllm"] = "teacher" if recipe.teacher.use_gpu else "teacher-cpu"
     if recipe.student.lora:
         needed["peft"] = "student"

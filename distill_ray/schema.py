@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-ARTEFACT_OF = {"capture": "targets", "train": "student", "evaluate": "report", "export": "export"}
+ARTEFACT_OF = {"capture": "targets", "audit": "audit", "train": "student", "evaluate": "report", "export": "export"}
 """Stages in order → the name under which a run's record publishes what they made."""
 
 
@@ -58,6 +58,10 @@ class Sequence:
     """64-bit hash of the source document's content; decides the held-out split."""
 
 
+UNKNOWN_RECORD = -1
+"""`DeadLetter.record` of a sequence that the teacher refused: windows no longer know their record."""
+
+
 @dataclass(frozen=True)
 class DeadLetter:
     """A document or sequence that failed for its own reasons."""
@@ -65,7 +69,7 @@ class DeadLetter:
     unit: str
     source: str
     record: int
-    """0-based record number in the slice."""
+    """0-based record number in the slice; `UNKNOWN_RECORD` for a sequence that the teacher refused."""
     reason: str
 
 

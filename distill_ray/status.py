@@ -23,6 +23,8 @@ class Status:
     """Finished stage → its published entry."""
     next_stage: str | None
     checkpoint_step: int | None
+    audited: bool = True
+    """Whether the recipe has its targets audited before training."""
     other_versions: tuple[str, ...] = ()
     """Where the run was never started: the versions that were, under the same root and name."""
 
@@ -33,13 +35,29 @@ class Status:
             return f"run {self.run} was never started here; versions that were: {known}"
         lines = [f"run {self.run}: " + (f"owned by {self.owner}" if self.owner else "nobody is working on it")]
         for stage in ARTEFACT_OF:
-            if stage in self.done:
+            if stage == "audit":
+                lines.append(f"  {stage:<9} {self._audit()}")
+            elif stage in self.done:
                 lines.append(f"  {stage:<9} done")
             elif stage == "train" and self.checkpoint_step is not None:
                 lines.append(f"  {stage:<9} last checkpoint at step {self.checkpoint_step}")
             else:
                 lines.append(f"  {stage:<9} to do")
         return "\n".join(lines)
+
+    def _audit(self) -> str:
+        entry = self.done.get("audit")
+        if entry is None:
+            return "to do" if self.audited else "off (audit.sequences = 0)"
+        if entry["targets"] != self.done.get("capture", {}).get("sha256"):
+            return "to do: the last one is of other targets"
+        if not entry["passed"]:
+            return f"FAILED: {entry['failure']}"
+        return (
+            f"done: {entry['sequences']} sequences, {entry['rows']:,} rows by {entry['path']} ({entry['dtype']}), "
+            f"|Δ log p| ≤ {entry['worst_nats']:.1e} nats beyond the codec's rounding, allowed "
+            f"{entry['tolerance']['logprob']:g}"
+        )
 
 
 def status(recipe: Recipe) -> Status:
@@ -54,9 +72,10 @@ def status(recipe: Recipe) -> Status:
     if record is None:
         keys = (info.key.split("/") for info in storage.list(f"runs/{recipe.name}/"))
         others = sorted({key[2] for key in keys if key[3:] == ["lease.json"]})
-        return Status(run, None, False, {}, next(iter(ARTEFACT_OF)), None, tuple(others))
+        return Status(run, None, False, {}, next(iter(ARTEFACT_OF)), None, recipe.audit.is_on, tuple(others))
     done = {s: record.published[name] for s, name in ARTEFACT_OF.items() if name in record.published}
     steps = [e["step"] for name, e in record.published.items() if name.startswith("checkpoint/")]
     owner = f"{record.owner} (epoch {record.epoch})" if is_live(record) else None
-    following = next((s for s in ARTEFACT_OF if s not in done), None)
-    return Status(run, owner, True, done, following, max(steps, default=None))
+    wanted = [s for s in ARTEFACT_OF if s != "audit" or (recipe.audit.is_on and "train" not in done)]
+    following = next((s for s in wanted if s not in done), None)
+    return Status(run, owner, True, done, following, max(steps, default=None), recipe.audit.is_on)

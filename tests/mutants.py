@@ -312,4 +312,25 @@ MUTANTS = (
         "counts_NM / total_N1",
         UNIT + "test_ingest_draws.py::test_the_loss_on_drawn_tokens_is_unbiased",
     ),
+    Mutant(
+        "an audit that lets 0.3 nats pass",
+        "distill_ray/audit/tolerance.py",
+        '"float32": Tolerance(logprob=2e-3,',
+        '"float32": Tolerance(logprob=0.4,',
+        UNIT + "test_audit.py::test_an_error_of_a_third_of_a_nat_is_found_at_every_rank",
+    ),
+    Mutant(
+        "an audit blind to an id that is left out",
+        "distill_ray/audit/rows.py",
+        "lost_NR = ~pair.kept_NR & (again.logprobs_NK > least_N1 + 2 * slack)",
+        "lost_NR = np.zeros_like(pair.kept_NR)",
+        UNIT + "test_audit.py",
+    ),
+    Mutant(
+        "an audit blind to the mask",
+        "distill_ray/audit/source.py",
+        "other = np.flatnonzero(stored.loss_mask != corpus.loss_mask)",
+        "other = np.empty(0, int)",
+        UNIT + "test_audit.py::test_a_sequence_that_is_not_the_corpuss_is_found_at_its_first_token",
+    ),
 )

@@ -29,11 +29,10 @@ from distill_ray.errors import DistillError, StoppedError
 from distill_ray.schema import Unit, UnitSummary
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher import actor_resources
 
 _TASK_CPUS = 0.25
 """CPUs that a reading or writing task asks for."""
-_CPU_TEACHER_CPUS = 0.5
-"""CPUs that a teacher without a GPU asks for; not the tasks' share, or Ray Data would fuse reading into the actor."""
 _TASKS_PER_TEACHER = 2
 """Readers, and writers, for each teacher: each is a process with its own tokenizer."""
 _QUEUED_PER_TEACHER = 2
@@ -143,7 +142,7 @@ def _pipeline(
                     max_tasks_in_flight_per_actor=_QUEUED_PER_TEACHER,
                 ),
                 max_task_retries=_UNIT_RETRIES,
-                **_teacher_resources(recipe),
+                **actor_resources(recipe.teacher),
                 **as_is,
             )
             .map_batches(
@@ -153,13 +152,6 @@ def _pipeline(
                 **as_is,
             )
         )
-
-
-def _teacher_resources(recipe: Recipe) -> dict[str, float]:
-    # The engine's own processes use the GPUs that Ray gives to the actor.
-    if recipe.teacher.use_gpu:
-        return {"num_gpus": recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel, "num_cpus": 0}
-    return {"num_cpus": _CPU_TEACHER_CPUS}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from distill_ray.config.kinds import Placement, Section
 from distill_ray.config.loss import LossSection
 from distill_ray.config.sections import (
+    AuditSection,
     CaptureSection,
     CorpusSection,
     EvaluateSection,
@@ -44,6 +45,7 @@ class Recipe(Section):
     corpus: CorpusSection
     teacher: TeacherSection
     capture: CaptureSection = CaptureSection()
+    audit: AuditSection = AuditSection()
     student: StudentSection
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
@@ -67,6 +69,11 @@ class Recipe(Section):
                     f"add {T} to capture.temperatures"
                 )
         self._draws_serve_the_loss()
+        if self.audit.engine == "transformers" and self.teacher.quantization is not None:
+            raise ValueError(
+                f'audit.engine="transformers" cannot load teacher.quantization={self.teacher.quantization!r}, which is '
+                'vLLM\'s; use audit.engine = "vllm"'
+            )
         if self.train.pack_tokens < self.corpus.window_tokens:
             raise ValueError(
                 f"train.pack_tokens={self.train.pack_tokens} is less than corpus.window_tokens="

@@ -137,6 +137,21 @@ class CaptureSection(Section):
         return tuple(t for t in self.temperatures if t != 1.0)
 
 
+class AuditSection(Section):
+    sequences: Placement[int] = Field(default=8, ge=0)
+    """Stored sequences scored again before training, one of each unit before a second of any; 0: train unaudited."""
+    units: Placement[Listed[tuple[str, ...]]] = ()
+    """Units (hashes) scored again whole, instead of a sample."""
+    engine: Placement[Literal["auto", "vllm", "transformers"]] = "auto"
+    """`vllm`: its public path, never the one inside its workers; `transformers`: the dense reference; `auto`: that of
+    teacher.engine."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is scored again."""
+        return bool(self.sequences or self.units)
+
+
 class LoraSection(Section):
     rank: Identity[int] = Field(default=16, ge=1)
     """Rank of the adapters."""

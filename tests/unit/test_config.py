@@ -88,6 +88,11 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
         ({"corpus": {"sources": [1]}}, "corpus.sources.0: Input should be a valid string"),
         ({"corpus": {"text_column": 5}}, "corpus.text_column: Input should be a valid string"),
         ({"evaluate": {"require": {"kl_t1": "0.1"}}}, "evaluate.require.kl_t1: Input should be a valid number"),
+        ({"audit": {"sequences": -1}}, "audit.sequences: Input should be greater than or equal to 0"),
+        (
+            {"audit": {"engine": "transformers"}, "teacher": {"quantization": "fp8"}},
+            "audit.engine=\"transformers\" cannot load teacher.quantization='fp8'",
+        ),
         ({"loss": {"objective": "kl"}}, "loss.objective: Input should be 'bucket', 'truncated'"),
         ({"loss": {"skew": 0.2}}, 'skew=0.2 has no effect on objective = "bucket"; remove it or use "skewed_kl"'),
         (
@@ -191,6 +196,7 @@ def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
         {"train": {"zero_stage": 3, "workers": {"min": 8, "max": 8}}},
         {"capture": {"top_k": 64}},
         {"corpus": {"sources": ["other.jsonl"]}},
+        {"audit": {"sequences": 0, "units": ["a"], "engine": "transformers"}},
     ]
     for change in same:
         assert fingerprint(identity_of(parse_recipe(minimal(**change)))) == plain, change
