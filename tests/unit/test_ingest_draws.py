@@ -11,8 +11,8 @@ import torch
 
 from distill_ray.errors import CannotCaptureError, UserError
 from distill_ray.ingest import build_plan
-from distill_ray.ingest.loader import PackLoader
 from distill_ray.ingest.drawn import DrawnRows
+from distill_ray.ingest.loader import PackLoader
 from distill_ray.losses import LossSpec, SparseTargets, head_loss
 from distill_ray.schema import Draws, SourceSlice, Unit
 from distill_ray.storage import open_storage
