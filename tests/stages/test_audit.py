@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_ray import targets
+from distill_ray import corpus, targets
+from distill_ray.audit.tolerance import tolerance_of
+from distill_ray.audit.unit import Found, Scorer, check_unit, open_scorer, score_again
+from distill_ray.capture import capture_identity
 from distill_ray.codec import encode
 from distill_ray.config import load_recipe
 from distill_ray.lease import Lease, publish
-from distill_ray.schema import TargetRows
+from distill_ray.schema import SourceSlice, TargetRows, Unit
 from distill_ray.status import status
 from distill_ray.storage import open_storage
 from distill_ray.targets.writer import _to_bytes as sealed
@@ -89,9 +92,7 @@ def plant(job: Job, change: Plant, version: str = "v1") -> Planted:
     return Planted(victim.unit, i, t, Path(job.root, key))
 
 
-def _planned(unit: targets.ManifestUnit):
-    from distill_ray.schema import SourceSlice, Unit
-
+def _planned(unit: targets.ManifestUnit) -> Unit:
     return Unit(unit.unit, SourceSlice(unit.source, "", "lines", 0, 0), 0, unit.multiplicity)
 
 
@@ -132,29 +133,49 @@ def test_sound_targets_pass_and_are_not_audited_twice(job: Job):
     assert job.published()["audit"] == entry
 
 
+@pytest.fixture(scope="module")
+def scorer(captured: Path) -> Scorer:
+    """The dense reference in this process."""
+    recipe = load_recipe(captured / "recipe.toml")
+    return open_scorer(recipe, capture_identity(recipe), "transformers")
+
+
+def audit_whole(job: Job, unit: str, scorer: Scorer) -> Found | None:
+    """What the audit does with one unit and all its sequences."""
+    recipe, storage = load_recipe(job.recipe), open_storage(job.root)
+    manifest = targets.read_run_manifest(storage, job.published()["targets"])
+    identity, stored = manifest.identity, next(u for u in manifest.units if u.unit == unit)
+    tokenizer = corpus.load_tokenizer(recipe.teacher.model, False)
+    (source,) = [u for u in corpus.plan_units(recipe.corpus, identity.tokenizer, storage) if u.hash == unit]
+    found = check_unit(storage, identity, recipe.corpus, tokenizer, source, stored.object_sha256)
+    places = tuple(range(len(stored.lengths)))
+    return found or score_again(storage, identity, scorer, tolerance_of("float32", None), unit, places).difference
+
+
 @pytest.mark.parametrize("change", [one_row_shift, one_swapped_id, a_third_of_a_nat], ids=lambda c: c.__name__)
-def test_one_wrong_row_fails_at_its_position(change: Plant, job: Job):
+def test_one_wrong_row_of_a_sealed_object_is_found_at_its_position(change: Plant, job: Job, scorer: Scorer):
     planted = plant(job, change)
-    failed = job.call("--unit", planted.unit, command="audit", code=1)
+    found = audit_whole(job, planted.unit, scorer)
+    assert found is not None
+    assert (found[0], found[1].position) == (planted.sequence, planted.position)
+
+
+def test_training_does_not_start_on_wrong_targets_and_the_remedy_works(job: Job, scorer: Scorer):
+    planted = plant(job, a_third_of_a_nat)
+    # Of a named unit every sequence is audited.
+    job = Job(job.folder, job.root, edits={"sequences = 0": f'units = ["{planted.unit}"]'})
+    failed = job.call(command="train", code=1)
     assert "Traceback" not in failed.stderr
-    assert f"unit {planted.unit}" in failed.stderr
+    assert f"unit {planted.unit} (of {job.data}" in failed.stderr
     assert f"sequence {planted.sequence}, position {planted.position}:" in failed.stderr
     assert f"delete {planted.path}" in failed.stderr
     assert f"position {planted.position}" in shown(job)
-
-
-def test_training_does_not_start_on_wrong_targets_and_the_remedy_works(job: Job):
-    planted = plant(job, a_third_of_a_nat)
-    # A sample of all there is: which sequences a smaller one takes is another test's matter.
-    every = Job(job.folder, job.root, audit=1000)
-    failed = every.call(command="train", code=1)
-    assert f"sequence {planted.sequence}, position {planted.position}:" in failed.stderr
-    assert "student" not in job.published()
-    assert not any(name.startswith("checkpoint") for name in job.published())
+    assert not any(name.startswith(("student", "checkpoint")) for name in job.published())
     planted.path.unlink()
-    every.call(command="audit")
+    job.call(command="capture")
     assert job.published()["targets"]["captured"] == 1
-    assert job.published()["audit"]["passed"]
+    assert "audit     to do" in shown(job)
+    assert audit_whole(job, planted.unit, scorer) is None
 
 
 @pytest.mark.slow
