@@ -23,6 +23,7 @@ from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import private_cpus, ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
 from distill_ray.telemetry import Progress, say
+from distill_ray.units import in_sorted
 
 STAGES = tuple(ARTEFACT_OF)
 
@@ -201,8 +202,8 @@ def _result(recipe: Recipe, storage: Storage) -> RunResult:
     )
     units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
     manifest = targets.read_run_manifest(storage, published["targets"])
-    new = {u.hash for u in units} - {u.unit for u in manifest.units}
-    notes = (f"{len(new)} corpus unit(s) came after this version; give --version to run on them",) if new else ()
+    new = int((~in_sorted(manifest.units.hashes, units.hashes)).sum())
+    notes = (f"{new} corpus unit(s) came after this version; give --version to run on them",) if new else ()
     return RunResult(
         report=report,
         report_uri=f"{storage.uri}/{recipe.run_prefix}/report.html",

@@ -1,10 +1,11 @@
 """Soft targets in storage: one object per corpus unit, an index over them, and a run's manifest of which it uses."""
 
+from distill_ray.targets.done import done_hashes, done_units, object_sizes
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
-from distill_ray.targets.index import append_index, done_units, load_index, target_objects
+from distill_ray.targets.index import append_index, load_index, load_table, target_objects
 from distill_ray.targets.inspect import InspectReport, inspect
 from distill_ray.targets.layout import StoredSequence
-from distill_ray.targets.manifest import ManifestUnit, RunManifest, read_run_manifest, write_run_manifest
+from distill_ray.targets.manifest import ManifestUnit, ManifestUnits, RunManifest, read_run_manifest, write_run_manifest
 from distill_ray.targets.reader import UnitReader, UnitTargets, decode_rows, open_unit, read_unit
 from distill_ray.targets.writer import encode_unit
 
@@ -12,6 +13,7 @@ __all__ = [
     "CaptureIdentity",
     "InspectReport",
     "ManifestUnit",
+    "ManifestUnits",
     "RunManifest",
     "StoredSequence",
     "UnitReader",
@@ -19,10 +21,13 @@ __all__ = [
     "append_index",
     "capture_prefix",
     "decode_rows",
+    "done_hashes",
     "done_units",
     "encode_unit",
     "inspect",
     "load_index",
+    "load_table",
+    "object_sizes",
     "open_unit",
     "read_run_manifest",
     "read_unit",
