@@ -37,10 +37,10 @@ def download_folder(storage: S3Storage, objects: list[ObjectInfo], folder: Path)
     files = [_PartialFile(folder / o.key, o) for o in objects if not _is_there(folder / o.key, o.size)]
     _require_room(files, folder)
     with ThreadPoolExecutor(_AT_ONCE, "stage") as pool:
-        waiting = [pool.submit(file.fetch, storage, part) for file in files for part in file.missing()]
-        done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+        # A stop is raised inside wait(): without the cancellation, leaving the block would first fetch all the rest.
         try:
-            for future in done:
+            waiting = [pool.submit(file.fetch, storage, part) for file in files for part in file.missing()]
+            for future in wait(waiting, return_when=FIRST_EXCEPTION).done:
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
