@@ -168,7 +168,9 @@ def _run(recipe: Recipe, until: str, address: str | None) -> int:
     print(render_table(result.report))
     for note in result.notes:
         print(f"note    {note}")
-    print(f"report  {result.report_uri}\nmodel   {result.model_uri}")
+    print(f"report  {result.report_uri}")
+    if result.model_uri is not None:
+        print(f"model   {result.model_uri}")
     missed = failures(result.report["gate"])
     if missed:
         print(

@@ -1,8 +1,13 @@
-"""The published student: a Hugging Face folder with its model card, named by a manifest that is written last."""
+"""The published student: a Hugging Face folder with its model card, named by a manifest that is written last.
+
+Each export has a folder of its own under `models/<name>/<version>/`, named by what it is made from: what `latest.json`
+points to is never written over, and goes only after `latest` has moved on.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +16,16 @@ from typing import Any
 
 from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import DistillError, IntegrityError
-from distill_ray.lease import LeaseToken, publish, read_published, read_whole_folder, store_folder
-from distill_ray.registry import publish_latest, read_latest
+from distill_ray.lease import (
+    LeaseToken,
+    folder_of,
+    publish,
+    read_published,
+    read_whole_folder,
+    require_owned,
+    store_folder,
+)
+from distill_ray.registry import publish_latest, read_latest, retract_latest, version_order
 from distill_ray.report import failures, model_card, to_bytes
 from distill_ray.storage import Storage
 from distill_ray.student.published import stage_student
@@ -43,14 +56,27 @@ def _links(recipe: Recipe, student_sha256: str, report_sha256: str) -> dict[str,
     }
 
 
-def is_done(recipe: Recipe, storage: Storage) -> bool:
-    """Whether the export of the published student and report is whole and `latest` was decided on."""
+def undone(recipe: Recipe, storage: Storage) -> str | None:
+    """Why the published student and report have to be exported again, or `latest` decided on; None where all stands."""
     published = read_published(storage, recipe.run_prefix)
-    if not {"student", "report", "export", LATEST} <= published.keys():
-        return False
+    if not {"student", "report", "export"} <= published.keys():
+        return "it was interrupted"
+    entry, decided = published["export"], published.get(LATEST)
     wanted = _links(recipe, published["student"]["sha256"], published["report"]["sha256"])
-    entry = published["export"]
-    return published[LATEST]["export"] == entry["sha256"] and _is_whole(storage, entry, wanted)
+    if any(entry.get(key) != value for key, value in wanted.items()):
+        return "its student, report, type or licence changed"
+    try:
+        read_whole_folder(storage, entry)
+        if decided is None or decided["export"] != entry["sha256"]:
+            return "it was interrupted"
+        return _latest_moved_away(recipe, storage, entry, passed=decided["passed"])
+    except IntegrityError as error:
+        return str(error)
+
+
+def model_uri(recipe: Recipe, storage: Storage) -> str:
+    """Where the published model lies."""
+    return f"{storage.uri}/{folder_of(read_published(storage, recipe.run_prefix)['export'])}"
 
 
 def run(
@@ -60,7 +86,7 @@ def run(
     report: dict[str, Any],
     progress: Callable[[str, int | None, str], Progress] = Progress,
 ) -> ExportResult:
-    """Publish the trained student under `models/<name>/<version>/` and, if the gate holds, as the latest.
+    """Publish the trained student under `models/<name>/<version>/<id>/` and, if the gate holds, as the latest.
 
     A whole export that was published before is left as it is; an interrupted one is done again.
 
@@ -84,12 +110,15 @@ def run(
     if entry is None or not _is_whole(storage, entry, wanted):
         with tempfile.TemporaryDirectory(prefix="export-") as work:
             folder = Path(work) / "model"
-            entry = _export(recipe, storage, token, published["student"], report, folder, progress) | wanted
+            _make_folder(recipe, storage, published["student"], report, folder)
+            entry = _store(recipe, storage, token, folder, wanted, progress) | wanted
         publish(storage, token, "export", entry)
+    passed = not failures(report["gate"])
     reason = _move_latest(recipe, storage, entry, report)
-    # Published last: a driver killed before this line decides again when it is run again.
-    publish(storage, token, LATEST, {"export": entry["sha256"], "reason": reason})
-    return ExportResult(f"{storage.uri}/{recipe.model_prefix}", not reason, reason)
+    _remove_others(recipe, storage, token, entry)
+    # Published last: a driver killed before this line decides and clears up again when it is run again.
+    publish(storage, token, LATEST, {"export": entry["sha256"], "passed": passed, "reason": reason})
+    return ExportResult(f"{storage.uri}/{folder_of(entry)}", not reason, reason)
 
 
 def _is_whole(storage: Storage, entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
@@ -102,41 +131,73 @@ def _is_whole(storage: Storage, entry: dict[str, Any], wanted: dict[str, Any]) -
     return True
 
 
-def _export(
-    recipe: Recipe,
-    storage: Storage,
-    token: LeaseToken,
-    student: dict[str, Any],
-    report: dict[str, Any],
-    folder: Path,
-    progress: Callable[[str, int | None, str], Progress],
-) -> dict[str, Any]:
-    """Make the local `folder`, store it, its manifest last; returns the entry to publish."""
+def _make_folder(
+    recipe: Recipe, storage: Storage, student: dict[str, Any], report: dict[str, Any], folder: Path
+) -> None:
     convert_folder(stage_student(storage, student), folder, recipe.export.dtype)
     # Identity fields alone: where things lie may be private, and computes nothing.
     card = model_card(report, teacher=_teacher_name(recipe), licence=recipe.export.licence, recipe=identity_of(recipe))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _store(
+    recipe: Recipe,
+    storage: Storage,
+    token: LeaseToken,
+    folder: Path,
+    wanted: dict[str, Any],
+    progress: Callable[[str, int | None, str], Progress],
+) -> dict[str, Any]:
+    """Store the local `folder`, its manifest last; returns the entry to publish."""
+    name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     about = {
         "schema_version": 1,
         "name": recipe.name,
         "version": recipe.version,
         "dtype": recipe.export.dtype,
-        "student": student["sha256"],
+        "student": wanted["student"],
     }
     with progress("export", sum(1 for _ in folder.iterdir()), "files") as shown:
-        return store_folder(storage, token, recipe.model_prefix, folder, about, lambda: shown.advance(1))
+        return store_folder(storage, token, f"{recipe.model_prefix}/{name}", folder, about, lambda: shown.advance(1))
+
+
+def _remove_others(recipe: Recipe, storage: Storage, token: LeaseToken, entry: dict[str, Any]) -> None:
+    """Everything under this version that is not the published export: older ones, and what a kill left."""
+    require_owned(storage, token)
+    for info in list(storage.list(f"{recipe.model_prefix}/")):
+        if not info.key.startswith(f"{folder_of(entry)}/"):
+            storage.delete(info.key)
 
 
 def _move_latest(recipe: Recipe, storage: Storage, entry: dict[str, Any], report: dict[str, Any]) -> str:
     """Why `latest` does not point to this version; empty where it does."""
     missed = failures(report["gate"])
     if missed:
-        return f"the student misses {len(missed)} bound(s): {'; '.join(missed)}"
+        now = retract_latest(storage, recipe.name, recipe.version)
+        latest = "there is no latest" if now is None else f"the latest is {now.version}"
+        return f"the student misses {len(missed)} bound(s): {'; '.join(missed)}; {latest}"
     wanted = {"key": entry["key"], "sha256": entry["sha256"], "figures": report["after"]}
+    current = publish_latest(storage, recipe.name, recipe.version, wanted)
+    if current.version == recipe.version:
+        return ""
+    return (
+        f"the latest stays {current.version}, which sorts after {recipe.version} (numbers by value, text before "
+        "numbers); give this recipe another name if it is another model"
+    )
+
+
+def _latest_moved_away(recipe: Recipe, storage: Storage, entry: dict[str, Any], *, passed: bool) -> str | None:
+    """How `latest.json` contradicts what was decided; None where it does not."""
     current = read_latest(storage, recipe.name)
-    if current is None or (current.version, current.entry) != (recipe.version, wanted):
-        current = publish_latest(storage, recipe.name, recipe.version, wanted)
-    return "" if current.version == recipe.version else f"version {current.version} is newer and stays the latest"
+    ours = current is not None and current.version == recipe.version
+    if not passed:
+        return "latest.json names it although it misses a bound" if ours else None
+    if current is None:
+        return "latest.json is missing"
+    if ours:
+        return None if current.entry.get("sha256") == entry["sha256"] else "latest.json names another export"
+    stays = version_order(current.version) > version_order(recipe.version)
+    return None if stays else f"latest.json names the older {current.version}"
 
 
 def _teacher_name(recipe: Recipe) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 
 from distill_ray import capture, corpus, evaluate, export, targets, teacher, train
 from distill_ray.config import Recipe, fingerprint, identity_of
-from distill_ray.errors import IntegrityError, UserError
+from distill_ray.errors import DistillError, IntegrityError, UserError
 from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_published
 from distill_ray.preflight import Finding, check
-from distill_ray.report import failures, read_report
+from distill_ray.report import failures, page_damage, read_report
 from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import private_cpus, ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
@@ -33,7 +33,8 @@ class RunResult:
 
     report: dict[str, Any]
     report_uri: str
-    model_uri: str
+    model_uri: str | None
+    """None where the run was not brought as far as export."""
     gate_passed: bool
     notes: tuple[str, ...] = ()
     """Things worth a sentence, such as corpus units that came after this version was captured."""
@@ -59,7 +60,7 @@ def run(
         on_finding: called with everything that `check` finds right, before anything expensive starts.
 
     Returns:
-        The result when `until` is "export", else None.
+        The result when `until` is "evaluate" or "export", else None.
 
     Raises:
         UserError: the recipe is wrong, does not fit what lies in storage, or another driver holds the run.
@@ -84,9 +85,9 @@ def run(
                 lease.check()
     else:
         _same_run(recipe, storage, run_identity(recipe))
-    if until != "export":
+    if until not in ("evaluate", "export"):
         return None
-    return _result(recipe, storage)
+    return _result(recipe, storage, exported=until == "export")
 
 
 def is_done(recipe: Recipe, until: str = "export") -> bool:
@@ -110,14 +111,13 @@ def _undone(stage: str, recipe: Recipe, storage: Storage, published: dict[str, d
     if stage == "train":
         return train.damage(storage, entry)
     if stage == "export":
-        done = export.is_done(recipe, storage)
-        return None if done else "it was interrupted, or its student, report or recipe changed"
+        return export.undone(recipe, storage)
     try:
         read_document(storage, entry, "it is made anew")
     except IntegrityError as error:
         return str(error)
     if stage == "evaluate":
-        return evaluate.outdated(recipe, published)
+        return evaluate.outdated(recipe, published) or page_damage(storage, entry)
     return capture.damage(storage, entry) if _needs_targets(recipe, storage, published) else None
 
 
@@ -193,20 +193,31 @@ def _needs_targets(recipe: Recipe, storage: Storage, published: dict[str, dict[s
     )
 
 
-def _result(recipe: Recipe, storage: Storage) -> RunResult:
+def _result(recipe: Recipe, storage: Storage, *, exported: bool) -> RunResult:
     published = read_published(storage, recipe.run_prefix)
     report = read_report(storage, recipe.run_prefix)
-    tokenizer = corpus.load_tokenizer(
-        stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
-    )
-    units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
-    manifest = targets.read_run_manifest(storage, published["targets"])
-    new = {u.hash for u in units} - {u.unit for u in manifest.units}
-    notes = (f"{len(new)} corpus unit(s) came after this version; give --version to run on them",) if new else ()
+    passed = not failures(report["gate"])
+    notes = [_new_units(recipe, storage, published)]
+    if exported and passed:
+        notes.append(published[export.LATEST]["reason"])
     return RunResult(
         report=report,
         report_uri=f"{storage.uri}/{recipe.run_prefix}/report.html",
-        model_uri=f"{storage.uri}/{recipe.model_prefix}",
-        gate_passed=not failures(report["gate"]),
-        notes=notes,
+        model_uri=export.model_uri(recipe, storage) if exported else None,
+        gate_passed=passed,
+        notes=tuple(filter(None, notes)),
     )
+
+
+def _new_units(recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]]) -> str:
+    """A sentence on corpus units that came after this version was captured; empty where none did."""
+    try:
+        manifest = targets.read_run_manifest(storage, published["targets"])
+        tokenizer = corpus.load_tokenizer(
+            stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
+        )
+        units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
+    except DistillError as error:
+        return f"could not look for new corpus units: {error}"  # what is finished needs neither corpus nor teacher
+    new = {u.hash for u in units} - {u.unit for u in manifest.units}
+    return f"{len(new)} corpus unit(s) came after this version; give --version to run on them" if new else ""

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from distill_ray.config import Recipe
 from distill_ray.errors import UserError
@@ -60,6 +61,15 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         yield
     finally:
         ray.shutdown()
+
+
+def on_this_node() -> dict[str, Any]:
+    """Options of an actor that does a driver's waiting beside it. Ray is connected."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _connect(where: str | None, num_cpus: int | None) -> None:

@@ -23,6 +23,8 @@ class Status:
     """Finished stage → its published entry."""
     next_stage: str | None
     checkpoint_step: int | None
+    not_latest: str = ""
+    """Why `latest.json` was not moved to this version."""
     other_versions: tuple[str, ...] = ()
     """Where the run was never started: the versions that were, under the same root and name."""
 
@@ -34,7 +36,9 @@ class Status:
         lines = [f"run {self.run}: " + (f"owned by {self.owner}" if self.owner else "nobody is working on it")]
         for stage in ARTEFACT_OF:
             if stage in self.done:
-                lines.append(f"  {stage:<9} done")
+                lines.append(
+                    f"  {stage:<9} done" + (f"; {self.not_latest}" if stage == "export" and self.not_latest else "")
+                )
             elif stage == "train" and self.checkpoint_step is not None:
                 lines.append(f"  {stage:<9} last checkpoint at step {self.checkpoint_step}")
             else:
@@ -54,9 +58,17 @@ def status(recipe: Recipe) -> Status:
     if record is None:
         keys = (info.key.split("/") for info in storage.list(f"runs/{recipe.name}/"))
         others = sorted({key[2] for key in keys if key[3:] == ["lease.json"]})
-        return Status(run, None, False, {}, next(iter(ARTEFACT_OF)), None, tuple(others))
+        return Status(run, None, False, {}, next(iter(ARTEFACT_OF)), None, other_versions=tuple(others))
     done = {s: record.published[name] for s, name in ARTEFACT_OF.items() if name in record.published}
     steps = [e["step"] for name, e in record.published.items() if name.startswith("checkpoint/")]
     owner = f"{record.owner} (epoch {record.epoch})" if is_live(record) else None
     following = next((s for s in ARTEFACT_OF if s not in done), None)
-    return Status(run, owner, True, done, following, max(steps, default=None))
+    return Status(
+        run,
+        owner,
+        True,
+        done,
+        following,
+        max(steps, default=None),
+        record.published.get("latest", {}).get("reason", ""),
+    )

@@ -16,7 +16,16 @@ from distill_ray.lease.artefact import (
 )
 from distill_ray.lease.hold import Lease
 from distill_ray.lease.owner import Owner, is_dead, this_process
-from distill_ray.lease.record import LeaseRecord, LeaseToken, is_live, publish, put_owned, read_published, read_record
+from distill_ray.lease.record import (
+    LeaseRecord,
+    LeaseToken,
+    is_live,
+    publish,
+    put_owned,
+    read_published,
+    read_record,
+    require_owned,
+)
 
 __all__ = [
     "Lease",
@@ -35,6 +44,7 @@ __all__ = [
     "read_published",
     "read_record",
     "read_whole_folder",
+    "require_owned",
     "store_folder",
     "this_process",
 ]

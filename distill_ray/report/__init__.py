@@ -12,7 +12,7 @@ from distill_ray.report.document import (
     read_history,
     to_bytes,
 )
-from distill_ray.report.files import read_report, report_key, write_report
+from distill_ray.report.files import page_damage, read_report, report_key, write_report
 from distill_ray.report.gate import MODELS, check_require, failures, judge
 from distill_ray.report.html import render_html
 from distill_ray.report.metrics import (
@@ -40,6 +40,7 @@ __all__ = [
     "failures",
     "judge",
     "model_card",
+    "page_damage",
     "read_history",
     "read_report",
     "render_html",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from distill_ray.errors import IntegrityError
@@ -44,7 +45,17 @@ def write_report(
     put_owned(storage, token, report_key(token.run_prefix, "html"), page)
     put_owned(storage, token, report_key(token.run_prefix), data)
     links = {"student": report["identity"]["student"], "settings": settings, "require": require}
+    links["page"] = document_entry(report_key(token.run_prefix, "html"), page)
     publish(storage, token, "report", document_entry(report_key(token.run_prefix), data) | links)
+
+
+def page_damage(storage: Storage, entry: Mapping[str, Any]) -> str | None:
+    """Why the page of a published report has to be written anew; None where it stands."""
+    try:
+        read_document(storage, entry["page"], "it is written anew")
+    except IntegrityError as error:
+        return str(error)
+    return None
 
 
 def read_report(storage: Storage, run_prefix: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError, UserError
 from distill_ray.lease import LeaseToken
+from distill_ray.session import on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
@@ -70,30 +71,63 @@ def run(
     check_newest(recipe, storage, plan.digest)
     board = start_board(board_class)
     fit = _Fit(Job(recipe, storage, manifest, token, board))
-    with progress("train", plan.steps, "steps") as shown:
-        wait = _Wait(recipe, board, shown, placement_wait_s)
-        _watch(fit, board, shown, stop, stop_grace_s, wait)
-    return _outcome(recipe, storage, token, board, fit, stop)
+    try:
+        with progress("train", plan.steps, "steps") as shown:
+            wait = _Wait(recipe, board, shown, placement_wait_s)
+            ended = _watch(fit, board, shown, stop, stop_grace_s, wait)
+        return _outcome(recipe, storage, token, board, fit.error() if ended else None, stop)
+    finally:
+        fit.close()
 
 
 class _Fit:
-    """`TorchTrainer.fit` in a thread: in the main thread it would take the Ctrl-C handler away from the command."""
+    """`TorchTrainer.fit` in an actor of its own, which can be ended at any moment.
+
+    A thread of this process could not: it would wait in Ray's core worker beyond `ray.shutdown()` and crash the process
+    at a later `ray.init()` or a second after (ray-project/ray#31145).
+    """
 
     def __init__(self, job: Job) -> None:
-        self.error: Exception | None = None
-        self._job = job
-        self.thread = threading.Thread(target=self._run, name="train-fit", daemon=True)
-        self.thread.start()
+        import ray
 
-    def _run(self) -> None:
+        self._actor: Any = ray.remote(_Trainer).options(**on_this_node()).remote()
+        self._end = self._actor.fit.remote(job)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the trainer ended within `seconds`."""
+        import ray
+
+        return bool(ray.wait([self._end], timeout=seconds)[0])
+
+    def error(self) -> Exception | None:
+        """What the trainer, once it ended, failed with."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return ray.get(self._end)
+        except RayError as error:
+            return error
+
+    def close(self) -> None:
+        """End the trainer; its controller and workers die with it."""
+        import ray
+
+        ray.kill(self._actor)
+
+
+class _Trainer:
+    def fit(self, job: Job) -> Exception | None:
+        """Train to the end; returns what Ray Train or Ray failed with."""
         from ray.exceptions import RayError
         from ray.train import TrainingFailedError
 
         with tempfile.TemporaryDirectory(prefix="distill-ray-train-") as folder:
             try:
-                _trainer(self._job, folder).fit()
+                _trainer(job, folder).fit()
             except (TrainingFailedError, RayError) as error:
-                self.error = error
+                return error
+        return None
 
 
 def _trainer(job: Job, folder: str) -> Any:
@@ -148,23 +182,22 @@ class _Wait:
             )
 
 
-def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_s: float, wait: _Wait) -> None:
-    """Relay news until the trainer is done, or until workers asked to stop have had their time."""
+def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_s: float, wait: _Wait) -> bool:
+    """Relay news until the trainer is done, or, False, until workers asked to stop have had their time."""
     import ray
 
     position, asked_at = 0, None
-    while fit.thread.is_alive():
-        fit.thread.join(0.2)
+    while not fit.wait(0.2):
         position = _relay(ray.get(board.drain.remote()), shown, position)
         if not stop.is_set():
             wait.check()
             continue
         ray.get(board.ask_stop.remote())
         asked_at = asked_at or time.monotonic()
-        # Workers that are starting end by themselves: to disconnect while they do crashes the driver.
         if time.monotonic() - asked_at > (grace_s if ray.get(board.placed.remote()) else _UNPLACED_S):
-            return
+            return False
     _relay(ray.get(board.drain.remote()), shown, position)
+    return True
 
 
 def _relay(news: News, shown: Progress, position: int) -> int:
@@ -182,10 +215,9 @@ def _relay(news: News, shown: Progress, position: int) -> int:
 
 
 def _outcome(
-    recipe: Recipe, storage: Storage, token: LeaseToken, board: Any, fit: _Fit, stop: threading.Event
+    recipe: Recipe, storage: Storage, token: LeaseToken, board: Any, failed: Exception | None, stop: threading.Event
 ) -> dict[str, Any]:
     import ray
-    from ray.train import ControllerError
 
     error, final = ray.get(board.error.remote())
     if error is not None and final:
@@ -197,12 +229,14 @@ def _outcome(
         raise StoppedError("training was stopped; the same command goes on from the last checkpoint")
     if error is not None:
         raise error
-    if isinstance(fit.error, ControllerError):
+    from ray.train import ControllerError
+
+    if isinstance(failed, ControllerError):
         raise DistillError(
             f"the worker group could not be started again: {describe(recipe.train)}; run the same command when there "
-            f"is room, it goes on from the last checkpoint ({fit.error.controller_failure})"
-        ) from fit.error
+            f"is room, it goes on from the last checkpoint ({failed.controller_failure})"
+        ) from failed
     raise DistillError(
         f"training failed {recipe.train.max_failures + 1} time(s) (train.max_failures={recipe.train.max_failures}): "
-        f"{fit.error}"
-    ) from fit.error
+        f"{failed}"
+    ) from failed

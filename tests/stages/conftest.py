@@ -20,8 +20,8 @@ def cluster_address() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_cluster(cluster_address: str) -> Iterator[None]:
-    """This process connected to the shared cluster."""
+    """This process connected to the shared cluster, once (`tests.stages.apart` says why)."""
     with ray_session(cluster_address):
         yield

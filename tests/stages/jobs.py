@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from distill_ray import cli, targets
 from distill_ray.lease import read_published
 from distill_ray.storage import open_storage
 from tests.assets import corpus_folder, tiny_teacher_folder
+from tests.stages.apart import apart, printing
 
 MARK = "DISTILL_RAY_TEST_MARK"
 SHARED_CLUSTER = "DISTILL_RAY_TEST_CLUSTER"
@@ -114,17 +113,11 @@ class Job:
         return process
 
     def call(self, *arguments: str, command: str = "run", code: int = 0) -> Called:
-        """The command line in this process and on the session's Ray cluster: imports and Ray start only once."""
-        out, err = io.StringIO(), io.StringIO()
+        """The command line on the session's Ray cluster, in a process that has imported everything beforehand."""
+        out, err = self.folder / f"{uuid.uuid4().hex}.out", self.folder / f"{uuid.uuid4().hex}.err"
         argv = [command, str(self.recipe), *arguments, "--address", os.environ[SHARED_CLUSTER]]
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with redirect_stdout(out), redirect_stderr(err):
-                found = cli.main(argv)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        called = Called(out.getvalue(), err.getvalue())
+        found = apart(printing, out, err, cli.main, argv)
+        called = Called(out.read_text("utf-8"), err.read_text("utf-8"))
         assert found == code, f"exit code {found}, not {code}:\n{called.stdout}\n{called.stderr}"
         return called
 
@@ -143,10 +136,17 @@ class Job:
         """What `latest.json` says."""
         return json.loads(open_storage(self.root).get("models/tiny/latest.json"))
 
+    def _model(self, version: str) -> str:
+        return self.published(version)["export"]["key"].rpartition("/")[0]
+
+    def model(self, version: str = "v1") -> Path:
+        """The exported folder under a local root."""
+        return Path(self.root, self._model(version))
+
     def exported(self, version: str = "v1") -> dict[str, int]:
         """The exported folder's files and sizes, as its manifest has them; each is checked to be there."""
         storage = open_storage(self.root)
-        prefix = f"models/tiny/{version}"
+        prefix = self._model(version)
         files = json.loads(storage.get(f"{prefix}/manifest.json"))["files"]
         for file in files:
             data = storage.get(f"{prefix}/{file['name']}")
@@ -173,7 +173,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Called:
-    """What a command printed that ran in this process."""
+    """What a command printed that ran on the session's cluster."""
 
     stdout: str
     stderr: str

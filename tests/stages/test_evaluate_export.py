@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill_ray import evaluate, export
 from distill_ray.errors import IntegrityError, LeaseLostError, StoppedError, UserError
-from distill_ray.lease import Lease, publish
+from distill_ray.lease import Lease, document_entry, publish, read_whole_folder
 from distill_ray.registry import publish_latest, read_latest
-from distill_ray.report import read_report
+from distill_ray.report import read_report, to_bytes
 from distill_ray.schema import Sequence
 from distill_ray.storage import open_storage
 from distill_ray.student.published import stage_student
@@ -196,8 +196,9 @@ def _export(run: Run, *, passed: bool = True) -> export.ExportResult:
 
 def test_the_exported_folder_is_the_student_in_the_stated_type(trained: Run) -> None:
     result = _export(trained)
-    assert result == export.ExportResult(f"{trained.storage.uri}/models/tiny/2026-W47", True, "")
+    assert (result.is_latest, result.reason) == (True, "")
     folder = Path(result.uri)
+    assert folder.parent == Path(trained.storage.uri, "models/tiny/2026-W47")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == 2
@@ -237,8 +238,8 @@ def test_a_second_export_touches_nothing(trained: Run) -> None:
 
 @pytest.mark.parametrize("damage", ["unpublished", "missing weights", "short tokenizer", "stray shard", "other dtype"])
 def test_an_export_that_is_not_whole_is_done_again(trained: Run, damage: str) -> None:
-    _export(trained)
-    prefix = trained.recipe.model_prefix
+    first = _export(trained).uri
+    prefix = first.removeprefix(f"{trained.storage.uri}/")
     if damage == "unpublished":
         publish(trained.storage, trained.token, "export", None)
         trained.storage.delete(f"{prefix}/manifest.json")
@@ -251,32 +252,103 @@ def test_an_export_that_is_not_whole_is_done_again(trained: Run, damage: str) ->
         trained.storage.put(f"{prefix}/model-00001-of-00002.safetensors", b"left by another layout")
     else:
         trained = trained.with_(export={"dtype": "float32"})
-    assert _export(trained).is_latest
-    folder = Path(trained.storage.uri) / prefix
-    names = {info.key.rpartition("/")[2] for info in trained.storage.list(f"{prefix}/")}
+    result = _export(trained)
+    assert result.is_latest
+    assert (result.uri == first) == (damage != "other dtype")
+    folder = Path(result.uri)
+    names = {info.key.rpartition("/")[2] for info in trained.storage.list("models/tiny/2026-W47/")}
     assert {f["name"] for f in json.loads((folder / "manifest.json").read_text())["files"]} == names - {"manifest.json"}
     assert not [n for n in names if n.startswith("model-0")]
     assert torch.isfinite(prompt_logits(folder, torch.float32)).all()
 
 
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", ["publish", "_move_latest", "_remove_others"])
+def test_what_latest_names_is_whole_whenever_a_second_export_is_killed(
+    trained: Run, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def latest_is_whole() -> None:
+        latest = read_latest(trained.storage, "tiny")
+        assert latest is not None
+        read_whole_folder(trained.storage, latest.entry)
+
+    _export(trained)
+    again = trained.with_(export={"dtype": "float32"})
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, at, kill)
+        with pytest.raises(_KilledError):
+            _export(again)
+    latest_is_whole()
+    _export(again)
+    latest_is_whole()
+    assert len({info.key.split("/")[3] for info in trained.storage.list("models/tiny/2026-W47/")}) == 1
+
+
 def test_a_student_that_misses_a_bound_is_kept_but_not_the_latest(trained: Run) -> None:
-    publish_latest(trained.storage, "tiny", "2026-W46", {"key": "old"})
+    before = publish_latest(trained.storage, "tiny", "2026-W46", {"key": "old"})
     result = _export(trained, passed=False)
     assert (result.is_latest, result.reason) == (
         False,
-        "the student misses 1 bound(s): after.kl_t1 = 0.2, required at most 0.1",
+        "the student misses 1 bound(s): after.kl_t1 = 0.2, required at most 0.1; the latest is 2026-W46",
     )
-    latest = read_latest(trained.storage, "tiny")
-    assert latest is not None
-    assert latest.version == "2026-W46"
+    assert read_latest(trained.storage, "tiny") == before
     assert (Path(result.uri) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_version_that_misses_a_bound_set_later_is_no_longer_the_latest(trained: Run, older: bool) -> None:
+    if older:
+        trained.storage.put("models/tiny/2026-W46/manifest.json", b"{}")
+        entry = document_entry("models/tiny/2026-W46/manifest.json", b"{}")
+        publish_latest(trained.storage, "tiny", "2026-W46", entry)
+    assert _export(trained).is_latest
+    result = _export(trained, passed=False)
+    latest = read_latest(trained.storage, "tiny")
+    assert (latest and latest.version) == ("2026-W46" if older else None)
+    assert result.reason.endswith("; the latest is 2026-W46" if older else "; there is no latest")
 
 
 def test_last_weeks_late_run_does_not_take_the_place_of_this_weeks(trained: Run) -> None:
     publish_latest(trained.storage, "tiny", "2026-W48", {"key": "newer"})
     result = _export(trained)
     assert not result.is_latest
-    assert "2026-W48 is newer" in result.reason
+    assert "the latest stays 2026-W48" in result.reason
+
+
+def _published_report(run: Run, *, passed: bool = True) -> None:
+    data = to_bytes(_report(run, passed))
+    run.storage.put("runs/report.json", data)
+    publish(run.storage, run.token, "report", document_entry("runs/report.json", data))
+
+
+def test_an_export_is_undone_until_its_files_and_latest_are_as_decided(trained: Run) -> None:
+    def undone() -> str | None:
+        return export.undone(trained.recipe, trained.storage)
+
+    _published_report(trained)
+    assert undone() == "it was interrupted"
+    _export(trained)
+    assert undone() is None
+    record = trained.storage.get("models/tiny/latest.json")
+    for damaged, reason in ((None, "missing"), (b"[]", "no registry record"), (record.replace(b"W47", b"W40"), "W40")):
+        if damaged is None:
+            trained.storage.delete("models/tiny/latest.json")
+        else:
+            trained.storage.put("models/tiny/latest.json", damaged)
+        assert reason in (undone() or ""), damaged
+        assert _export(trained).is_latest
+        assert undone() is None
+    publish_latest(trained.storage, "tiny", "2026-W48", {"key": "newer"})
+    assert undone() is None
+    _published_report(trained, passed=False)
+    assert "changed" in (undone() or "")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "missing", "other manifest"])

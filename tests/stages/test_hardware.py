@@ -12,8 +12,9 @@ from ray.cluster_utils import Cluster
 
 from distill_ray.config import Recipe, parse_recipe
 from distill_ray.errors import UserError
-from distill_ray.preflight import _hardware
+from distill_ray.preflight import Finding, _hardware
 from distill_ray.session import cluster_address, private_cpus, ray_session
+from tests.stages.apart import apart
 
 
 def _recipe(workers: int, *, gpu: bool, **teacher: Any) -> Recipe:
@@ -29,6 +30,15 @@ def _recipe(workers: int, *, gpu: bool, **teacher: Any) -> Recipe:
     )
 
 
+def _hardware_of(recipe: Recipe, address: str | None) -> Finding:
+    return apart(_hardware, recipe, address)
+
+
+def _cpus_of_a_private_cluster(cpus: int) -> float:
+    with ray_session("local", num_cpus=cpus):
+        return ray.cluster_resources()["CPU"]
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A head without GPUs and a node that declares four."""
@@ -37,26 +47,25 @@ def cluster() -> Iterator[str]:
         found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         found.add_node(num_cpus=2, num_gpus=4)
         yield found.address
-        ray.shutdown()
         found.shutdown()
 
 
 def test_gpus_and_cpus_of_the_cluster_are_counted(cluster: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert _hardware(_recipe(3, gpu=True, tensor_parallel=4), cluster).fact == "4 GPU(s) and 3 CPU(s) on 2 node(s)"
+    assert _hardware_of(_recipe(3, gpu=True, tensor_parallel=4), cluster).fact == "4 GPU(s) and 3 CPU(s) on 2 node(s)"
     with pytest.raises(UserError, match=r"workers\.max=4 needs as many CPUs.*has 3 on 2 node"):
-        _hardware(_recipe(4, gpu=True), cluster)
+        _hardware_of(_recipe(4, gpu=True), cluster)
     with pytest.raises(UserError, match=r"needs 8 GPU\(s\) on one node"):
-        _hardware(_recipe(3, gpu=True, tensor_parallel=8), cluster)
+        _hardware_of(_recipe(3, gpu=True, tensor_parallel=8), cluster)
     with pytest.raises(UserError, match=r"workers\.max=4 needs as many CPUs"):
-        _hardware(_recipe(4, gpu=False), cluster)
+        _hardware_of(_recipe(4, gpu=False), cluster)
 
 
 def test_the_cluster_of_the_environment_is_counted_as_sessions_use_it(cluster: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     assert cluster_address(None) == cluster
     assert cluster_address("local") is None
-    assert "4 GPU(s)" in _hardware(_recipe(3, gpu=True), None).fact
+    assert "4 GPU(s)" in _hardware_of(_recipe(3, gpu=True), None).fact
 
 
 def test_a_private_cluster_has_room_for_every_worker_and_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -65,6 +74,5 @@ def test_a_private_cluster_has_room_for_every_worker_and_teacher(monkeypatch: py
     assert private_cpus(recipe) == 43
     assert private_cpus(_recipe(40, gpu=True)) == 40
     assert private_cpus(_recipe(1, gpu=False)) >= 4
-    assert "CPU only" in _hardware(recipe, None).fact
-    with ray_session("local", num_cpus=private_cpus(recipe)):
-        assert ray.cluster_resources()["CPU"] == 43
+    assert "CPU only" in _hardware_of(recipe, None).fact
+    assert apart(_cpus_of_a_private_cluster, private_cpus(recipe)) == 43

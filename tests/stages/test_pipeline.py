@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -87,22 +88,43 @@ def test_bounds_and_licence_changed_afterwards_are_judged_anew_and_nothing_is_co
 
     before, figures = computed(), done.report()["after"]
     edits = {"[export]": "[evaluate]\nrequire = { kl_t1 = 1e-6 }\n[export]", '"apache-2.0"': '"mit"'}
+    evaluated = Job(done.folder, done.root, edits=edits).call(command="evaluate", code=3)
+    assert "student before" in evaluated.stdout
     stricter = Job(done.folder, done.root, edits=edits).call(code=3)
     assert "after.kl_t1" in stricter.stderr
     assert done.report()["gate"]["kl_t1"]["passed"] is False
-    card = Path(done.root, "models/tiny/v1/README.md").read_text()
+    assert done.latest()["version"] is None, "a version that misses its bounds is taken back"
+    card = (done.model() / "README.md").read_text()
     assert 'license: "mit"' in card
     assert str(done.folder) not in card
+    assert "misses 1 bound(s)" in Job(done.folder, done.root, edits=edits).run(command="status").stdout
     # As a driver leaves it that is killed between the export and the decision on latest.
-    Path(done.root, "models/tiny/latest.json").unlink()
     record = Path(done.root, "runs/tiny/v1/lease.json")
     fields = json.loads(record.read_text())
     del fields["published"]["latest"]
     record.write_text(json.dumps(fields))
     Job(done.folder, done.root).call()
     assert done.latest()["version"] == "v1"
+    assert done.latest()["entry"]["sha256"] == done.published()["export"]["sha256"]
     assert done.report()["after"] == figures
     assert computed() == before
+
+
+def test_a_finished_run_answers_without_its_sources_and_mends_what_is_cheap(done: Job, tmp_path: Path):
+    copied = Job(tmp_path, str(tmp_path / "root"))
+    shutil.copytree(done.root, copied.root)
+    page, latest = Path(copied.root, "runs/tiny/v1/report.html"), Path(copied.root, "models/tiny/latest.json")
+    wanted, published = page.read_bytes(), copied.published()
+    for file in (page, latest):
+        file.write_bytes(b"damaged")
+        copied.call()
+    assert page.read_bytes() == wanted
+    assert copied.latest()["entry"]["sha256"] == published["export"]["sha256"]
+    for path in copied.data.iterdir():
+        path.unlink()
+    assert "could not look for new corpus units" in copied.call().stdout
+    Path(copied.root, published["targets"]["key"]).unlink()
+    assert "is published but missing" in copied.call().stdout
 
 
 @pytest.mark.parametrize(("stage", "number"), [("capture", signal.SIGTERM), ("train", signal.SIGINT)])

@@ -207,11 +207,13 @@ def test_a_cluster_without_room_for_the_workers_is_said_and_ends_the_run(
 ) -> None:
     monkeypatch.setattr(driver, "_SAY_WAITING_S", 0.5)
     run = new_run(root, "no-room", train={"workers": {"min": 9, "max": 9}})
-    seen = listener()
+    seen, threads = listener(), set(threading.enumerate())
     with pytest.raises(UserError, match=r"after \d+ s: train\.workers\.max=9 needs 9 CPU; the cluster has 4 CPU \("):
         run.train(progress=seen, placement_wait_s=3.0)
     assert seen.notes[0].startswith("waiting for resources: train.workers.max=9 needs 9 CPU; the cluster has 4 CPU")
     assert len(seen.notes) == 1
+    # One that waits in Ray's core worker would crash this process at its next `ray.init()`.
+    assert set(threading.enumerate()) <= threads, "threads left behind"
 
 
 def test_lora_trains_adapters_only_and_merges(root: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distill_ray.errors import IntegrityError
-from distill_ray.registry import publish_latest, read_latest, version_order
+from distill_ray.registry import publish_latest, read_latest, retract_latest, version_order
 from distill_ray.storage import Storage, open_storage
 
 
@@ -27,6 +29,8 @@ def test_latest_moves_forward_and_never_back(storage: Storage) -> None:
     assert read_latest(storage, "m") == newest
     again = publish_latest(storage, "m", "2026-W10", {"kl": 0.05})
     assert again.entry == {"kl": 0.05}
+    assert again.previous == newest.previous
+    assert publish_latest(storage, "m", "2026-W10", {"kl": 0.05}) == again, "nothing to write"
     assert read_latest(storage, "m") == again
     assert read_latest(storage, "another") is None
 
@@ -47,13 +51,43 @@ def test_of_versions_published_at_once_the_newest_stays(tmp_path: Path) -> None:
 
 
 def test_order_of_versions() -> None:
-    versions = ["1", "2.9", "2.10", "2026-W09", "2026-W10", "2026-W10-hotfix", "v2", "v10"]
+    versions = ["demo", "v2", "v10", "1", "2.9", "2.10", "2026-W09", "2026-W10", "2026-W10-hotfix"]
     shuffled = versions[4:] + versions[:4]
     assert sorted(shuffled, key=version_order) == versions
 
 
-def test_damaged_record(tmp_path: Path) -> None:
+def test_a_trial_under_a_name_neither_keeps_nor_takes_the_place_of_a_week(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    publish_latest(storage, "m", "demo", {})
+    assert publish_latest(storage, "m", "2026-W47", {}).version == "2026-W47"
+    assert publish_latest(storage, "m", "trial", {}).version == "2026-W47"
+
+
+def _stored(storage: Storage, key: str) -> dict[str, str]:
+    storage.put(key, key.encode())
+    return {"key": key, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+
+
+def test_taking_a_version_back_leads_to_the_one_before_while_that_stands(storage: Storage) -> None:
+    first, second = _stored(storage, "a/manifest.json"), _stored(storage, "b/manifest.json")
+    publish_latest(storage, "m", "2026-W46", first)
+    publish_latest(storage, "m", "2026-W47", second)
+    assert retract_latest(storage, "m", "2026-W46") == read_latest(storage, "m"), "another version is not touched"
+    now = retract_latest(storage, "m", "2026-W47")
+    assert now is not None
+    assert (now.version, now.entry) == ("2026-W46", first)
+    assert read_latest(storage, "m") == now
+    publish_latest(storage, "m", "2026-W47", second)
+    storage.put("a/manifest.json", b"altered")
+    assert retract_latest(storage, "m", "2026-W47") is None
+    assert read_latest(storage, "m") is None
+    assert json.loads(storage.get("models/m/latest.json"))["version"] is None
+    assert publish_latest(storage, "m", "2026-W40", first).version == "2026-W40"
+
+
+def test_a_damaged_record_is_refused_and_replaced_by_the_next_version(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     storage.put("models/m/latest.json", b"[]")
-    with pytest.raises(IntegrityError, match=r"2 bytes.*no registry record"):
+    with pytest.raises(IntegrityError, match=r"2 bytes.*no registry record.*run"):
         read_latest(storage, "m")
+    assert publish_latest(storage, "m", "2026-W40", {}) == read_latest(storage, "m")
