@@ -67,6 +67,8 @@ class BatchPlan:
     An epoch need not end on a batch boundary; only the very last batch may be short.
     """
 
+    capture: str
+    """Capture fingerprint: the teacher's numbers, by identity."""
     units: tuple[PlanUnit, ...]
     pack_tokens: int
     packs_per_batch: int
@@ -97,11 +99,17 @@ class BatchPlan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is read and in which order, hex; equal plans give equal batches."""
-        found = hashlib.sha256(f"{self.pack_tokens} {self.packs_per_batch} ".encode())
-        found.update(" ".join(f"{u.hash}:{u.sha256}" for u in self.units).encode())
+        """SHA-256 of what the batches hold, by identity, and of their order, hex; equal plans give equal batches.
+
+        Capture and unit hashes say what an object holds. Its checksum has no part: a damaged object that was captured
+        again holds the same rows in other bytes, and a run must go on over it. Nor have units without a sequence of
+        this split.
+        """
         s = self.sequences
-        for column in (s.unit_S, s.index_S, s.length_S, s.supervised_S, self.order_E, self.offsets):
+        used, place_S = np.unique(s.unit_S, return_inverse=True)
+        found = hashlib.sha256(f"{self.capture} {self.pack_tokens} {self.packs_per_batch} ".encode())
+        found.update(" ".join(self.units[u].hash for u in used).encode())
+        for column in (place_S, s.index_S, s.length_S, s.supervised_S, self.order_E, self.offsets):
             found.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
         return found.hexdigest()
 
@@ -215,4 +223,4 @@ def build_plan(
         s = s.where(np.lexsort((s.index_S, s.unit_S, s.doc_key_S))[:max_sequences])
         order, offsets = pack_lengths(s.length_S, pack_tokens)
     table = tuple(PlanUnit(u.unit, u.object_sha256, int(u.object_bytes)) for u in units)
-    return BatchPlan(table, pack_tokens, packs_per_batch, s, order, offsets)
+    return BatchPlan(manifest.fingerprint, table, pack_tokens, packs_per_batch, s, order, offsets)

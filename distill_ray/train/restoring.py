@@ -89,8 +89,8 @@ def check_plan(manifest: checkpoints.Manifest, plan: str) -> None:
     if manifest.plan != plan:
         raise UserError(
             f"the checkpoint of step {manifest.step} was trained on the batches of plan {manifest.plan[:12]}…, but the "
-            f"targets and recipe now give plan {plan[:12]}…: the targets were captured anew, or another version of "
-            "the software orders them otherwise; restore them, or start a new --version"
+            f"targets and recipe now give plan {plan[:12]}…: the units, their sequences or the teacher are others, "
+            "or another version of the software orders them otherwise; restore them, or start a new --version"
         )
 
 

@@ -1,6 +1,7 @@
 """The batch plan: a pure function of manifest and recipe, the same for every world size."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,47 @@ def test_the_order_of_units_in_the_manifest_does_not_matter():
     assert one.digest == two.digest
     assert [one.batch(i) for i in range(one.steps)] == [two.batch(i) for i in range(two.steps)]
     assert one.digest != _plan(units, seed=4).digest
+
+
+def _with(of, **changes):
+    return replace(of, summary=replace(of.summary, **changes))
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_an_object_captured_again_gives_the_same_digest(split):
+    units = _corpus()
+    again = [_with(u, object_sha256="other", object_bytes=7, teacher_seconds=9.0, kept_mass_sum=1.0) for u in units]
+    assert _plan(units, split=split).digest == _plan(again, split=split).digest
+
+
+def test_the_digest_says_nothing_of_the_other_split():
+    units, bound = _corpus(), int(0.1 * 2**64)
+    held = [u.doc_keys < bound for u in units]
+    only_held = _unit("a-first", [5, 6], keys=[1, 2])
+    assert _plan(units).digest == _plan([only_held, *units]).digest
+    others = [_with(u, lengths=u.lengths + h.astype(np.int32)) for u, h in zip(units, held, strict=True)]
+    assert _plan(units).digest == _plan(others).digest
+    assert _plan(units, split="held_out").digest != _plan(others, split="held_out").digest
+
+
+def test_the_digest_tells_other_batches_apart():
+    units = [_unit("a", [5, 9, 3, 7], keys=[9, 2**63, 2**64 - 1, 2**63 + 9]), _unit("b", [4, 6], keys=[2**63, 2**62])]
+    plans = {
+        "as it is": _plan(units),
+        "a renamed unit": _plan([units[0], _with(units[1], unit="c")]),
+        "a longer sequence": _plan([units[0], _with(units[1], lengths=np.array([4, 7], np.int32))]),
+        "other masks": _plan([units[0], _with(units[1], supervised=np.array([1, 5], np.int32))]),
+        "a sequence that changed sides": _plan([units[0], _with(units[1], doc_keys=np.array([9, 2**63], np.uint64))]),
+        "a unit twice": _plan([units[0], replace(units[1], multiplicity=2)]),
+        "an epoch more": _plan(units, epochs=3),
+        "larger batches": _plan(units, packs_per_batch=9),
+        "larger packs": _plan(units, pack_tokens=65),
+    }
+    other_teacher = RunManifest(replace(IDENTITY, teacher={"weights": "v"}), tuple(units))
+    settings = {"holdout": 0.1, "split": "train", "pack_tokens": 64, "packs_per_batch": 8, "seed": 3, "epochs": 2}
+    plans["another teacher"] = build_plan(other_teacher, **settings)
+    digests = {name: plan.digest for name, plan in plans.items()}
+    assert len(set(digests.values())) == len(plans), digests
 
 
 def test_a_pinned_order():
