@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_ray.config import Recipe, identity_of
+from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.lease import (
     LeaseToken,
@@ -135,8 +135,8 @@ def _make_folder(
     recipe: Recipe, storage: Storage, student: dict[str, Any], report: dict[str, Any], folder: Path
 ) -> None:
     convert_folder(stage_student(storage, student), folder, recipe.export.dtype)
-    # Identity fields alone: where things lie may be private, and computes nothing.
-    card = model_card(report, teacher=_teacher_name(recipe), licence=recipe.export.licence, recipe=identity_of(recipe))
+    section = recipe.export
+    card = model_card(report, teacher=_teacher_name(recipe), licence=section.licence, dtype=section.dtype)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

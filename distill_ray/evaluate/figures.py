@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,16 @@ from distill_ray.config import Recipe, fingerprint, identity_of
 
 if TYPE_CHECKING:
     from distill_ray.targets import RunManifest
+
+
+def recipe_fields(recipe: Recipe, manifest: RunManifest) -> dict[str, Any]:
+    """The recipe's identity fields behind the report's figures, as JSON values.
+
+    Without `[export]`, which comes after the figures; and `teacher.dtype` is what `auto` meant.
+    """
+    fields = {name: value for name, value in identity_of(recipe).items() if name != "export"}
+    fields["teacher"]["dtype"] = manifest.identity.teacher["dtype"]
+    return json.loads(json.dumps(fields))
 
 
 def run_identity(recipe: Recipe, manifest: RunManifest, student_sha256: str) -> reports.RunIdentity:
@@ -24,7 +35,7 @@ def run_identity(recipe: Recipe, manifest: RunManifest, student_sha256: str) -> 
         teacher=fingerprint(dict(manifest.identity.teacher)),
         tokenizer=manifest.identity.tokenizer,
         student=student_sha256,
-        recipe=fingerprint(identity_of(recipe)),
+        recipe=fingerprint(recipe_fields(recipe, manifest)),
     )
 
 
@@ -50,14 +61,24 @@ def token_counts(
 
 
 def rates(manifest: RunManifest, history: list[dict[str, float]], evaluation_tokens_per_s: float) -> dict[str, float]:
-    """Tokens/s of teacher (per replica), training and evaluation; a stage without a measured second is left out."""
+    """Tokens/s of teacher (per replica), training and evaluation; a stage without a measured second is left out.
+
+    The teacher's is over units of known seconds: others must not lend their tokens to these. Seconds lie in the index
+    alone, and a driver killed between writing an object and writing the index takes them along.
+    """
     rates = {"evaluate": evaluation_tokens_per_s}
-    if manifest.teacher_seconds > 0:
-        rates["teacher"] = sum(int(u.lengths.sum()) for u in manifest.units) / manifest.teacher_seconds
+    timed = [u for u in manifest.units if u.teacher_seconds > 0 and len(u.lengths)]
+    if timed:
+        rates["teacher"] = sum(int(u.lengths.sum()) for u in timed) / sum(u.teacher_seconds for u in timed)
     train_s = sum(step["seconds"] for step in history)
     if train_s > 0:
         rates["train"] = sum(step["tokens"] for step in history) / train_s
     return rates
+
+
+def untimed_units(manifest: RunManifest) -> int:
+    """Units with sequences whose capture's seconds are not known; see `rates`."""
+    return sum(u.teacher_seconds == 0 and len(u.lengths) > 0 for u in manifest.units)
 
 
 def target_figures(manifest: RunManifest) -> reports.TargetFigures:

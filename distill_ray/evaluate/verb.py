@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distill_ray import report as reports
 from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import DistillError, IntegrityError
-from distill_ray.evaluate.figures import rates, run_identity, target_figures, token_counts
+from distill_ray.evaluate.figures import rates, recipe_fields, run_identity, target_figures, token_counts, untimed_units
 from distill_ray.evaluate.scoring import ScoringJob, score_remotely
 from distill_ray.ingest import BatchPlan, build_plan
 from distill_ray.lease import LeaseToken, read_document, read_published
@@ -80,8 +80,9 @@ def run(
     seconds = {**(timings or {}), "evaluate": round(time.monotonic() - started, 3)}
     report = reports.build_report(
         evaluation,
+        recipe=recipe_fields(recipe, manifest),
         identity=run_identity(recipe, manifest, str(published["student"]["sha256"])),
-        timings=reports.Timings(seconds, rates(manifest, history, evaluation.tokens_per_s)),
+        timings=reports.Timings(seconds, rates(manifest, history, evaluation.tokens_per_s), untimed_units(manifest)),
         tokens=token_counts(published["targets"], manifest, history, evaluation.teacher.rows),
         targets=target_figures(manifest),
         history=history,
@@ -94,6 +95,8 @@ def run(
 def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Why the published report is not of this recipe and student; None where it is."""
     entry = published["report"]
+    if entry.get("schema_version") != reports.SCHEMA_VERSION:
+        return "another version of the software wrote it"
     if entry["student"] != published["student"]["sha256"]:
         return "it is of another training of the student"
     if entry["settings"] != json.loads(json.dumps(identity_of(recipe.evaluate))):

@@ -9,14 +9,14 @@ from distill_ray.report.gate import failures
 from distill_ray.report.table import METRICS, MODELS
 
 
-def model_card(report: dict[str, Any], *, teacher: str, licence: str, recipe: dict[str, Any]) -> str:
+def model_card(report: dict[str, Any], *, teacher: str, licence: str, dtype: str) -> str:
     """README.md of the exported folder.
 
     Args:
         report: as `build_report` gives it.
         teacher: name of the teacher, without its location.
         licence: `export.licence`.
-        recipe: the whole recipe as JSON values.
+        dtype: of the published weights.
     """
     identity = report["identity"]
     front = {
@@ -68,6 +68,7 @@ def model_card(report: dict[str, Any], *, teacher: str, licence: str, recipe: di
             f"| teacher | {teacher} |",
             f"| teacher weights | `{identity['teacher']}` |",
             f"| licence | {licence} |",
+            f"| type of these weights | {dtype} |",
             f"| tokenizer | `{identity['tokenizer']}` |",
             f"| corpus fingerprint | `{identity['corpus']}` ({identity['units']:,} units) |",
             f"| capture fingerprint | `{identity['capture']}` |",
@@ -76,8 +77,10 @@ def model_card(report: dict[str, Any], *, teacher: str, licence: str, recipe: di
             "",
             "## Recipe",
             "",
+            "The identity fields that the recipe fingerprint covers, without where things lie and how they were run.",
+            "",
             "```json",
-            json.dumps(recipe, indent=2, ensure_ascii=False, sort_keys=True),
+            json.dumps(report["recipe"], indent=2, ensure_ascii=False, sort_keys=True),
             "```",
             "",
         ]

@@ -12,7 +12,7 @@ from distill_ray.errors import IntegrityError
 from distill_ray.report.gate import judge
 from distill_ray.report.metrics import DEFINITIONS, KeptMassHistogram, MetricSums
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RunIdentity:
     student: str
     """Fingerprint of the trained weights' manifest."""
     recipe: str
-    """Fingerprint of the recipe's identity fields."""
+    """Fingerprint of the report's `recipe`: the recipe's identity fields, [export] left out."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Timings:
     seconds: dict[str, float]
     """Wall seconds by stage, as far as this command ran them."""
     tokens_per_s: dict[str, float]
-    """`teacher` (per replica), `train` and `evaluate` (forward passes of one student)."""
+    """`teacher` (per replica), `train` and `evaluate` (forward passes of one student); absent where not measured."""
+    untimed_units: int
+    """Units whose capture's seconds are not known; `tokens_per_s["teacher"]` is over the others alone."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Evaluation:
 def build_report(
     evaluation: Evaluation,
     *,
+    recipe: dict[str, Any],
     identity: RunIdentity,
     timings: Timings,
     tokens: TokenCounts,
@@ -91,6 +94,7 @@ def build_report(
     """The report as plain JSON values.
 
     Args:
+        recipe: the fields whose fingerprint is `identity.recipe`, as JSON values.
         history: one entry a training step: `step`, `loss`, `ce`, `kl_t`, `kl_t1`, …
         require: bounds of `evaluate.require`.
 
@@ -104,6 +108,7 @@ def build_report(
         **metrics,
         "gate": judge(metrics, require),
         "identity": asdict(identity),
+        "recipe": recipe,
         "timings": asdict(timings),
         "tokens": asdict(tokens),
         "targets": asdict(targets),

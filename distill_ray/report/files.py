@@ -8,7 +8,7 @@ from typing import Any
 
 from distill_ray.errors import IntegrityError
 from distill_ray.lease import LeaseToken, document_entry, publish, put_owned, read_document, read_published
-from distill_ray.report.document import to_bytes
+from distill_ray.report.document import SCHEMA_VERSION, to_bytes
 from distill_ray.report.html import render_html
 from distill_ray.storage import Storage
 
@@ -46,7 +46,8 @@ def write_report(
     put_owned(storage, token, report_key(token.run_prefix), data)
     links = {"student": report["identity"]["student"], "settings": settings, "require": require}
     links["page"] = document_entry(report_key(token.run_prefix, "html"), page)
-    publish(storage, token, "report", document_entry(report_key(token.run_prefix), data) | links)
+    entry = document_entry(report_key(token.run_prefix), data) | {"schema_version": SCHEMA_VERSION}
+    publish(storage, token, "report", entry | links)
 
 
 def page_damage(storage: Storage, entry: Mapping[str, Any]) -> str | None:

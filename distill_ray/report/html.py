@@ -106,7 +106,7 @@ def _plots(report: dict[str, Any], history: list[dict[str, float]]) -> str:
 def _cost_table(report: dict[str, Any]) -> str:
     timings, tokens, targets = report["timings"], report["tokens"], report["targets"]
     rows = [(f"Seconds, {stage}", f"{value:,.1f}") for stage, value in timings["seconds"].items()]
-    rows += [(f"Tokens/s, {stage}", f"{value:,.0f}") for stage, value in timings["tokens_per_s"].items()]
+    rows += [(f"Tokens/s, {stage}", _rate(report, stage)) for stage in ("teacher", "train", "evaluate")]
     rows += [
         ("Tokens captured for this run", f"{tokens['captured']:,}"),
         ("Tokens reused from earlier captures", f"{tokens['reused']:,}"),
@@ -118,6 +118,15 @@ def _cost_table(report: dict[str, Any]) -> str:
         ("Dead letters", f"{targets['dead_letters']:,}"),
     ]
     return _table(rows, value_class="number")
+
+
+def _rate(report: dict[str, Any], stage: str) -> str:
+    timings, units = report["timings"], report["identity"]["units"]
+    value = timings["tokens_per_s"].get(stage)
+    untimed = timings["untimed_units"] if stage == "teacher" else 0
+    return ("not measured" if value is None else f"{value:,.0f}") + (
+        f" (capture time of {untimed:,} of {units:,} units not known)" if untimed else ""
+    )
 
 
 def _table(rows: Iterable[tuple[str, Any]], value_class: str = "") -> str:

@@ -108,11 +108,6 @@ class RunManifest:
         """Mean over rows of the kept mass P; NaN without rows."""
         return sum(u.kept_mass for u in self.units) / self.rows if self.rows else float("nan")
 
-    @property
-    def teacher_seconds(self) -> float:
-        """Seconds the teacher spent on all units, whenever they were captured."""
-        return sum(u.teacher_seconds for u in self.units)
-
 
 def write_run_manifest(
     storage: Storage,

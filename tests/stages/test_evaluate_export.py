@@ -187,6 +187,7 @@ def _report(run: Run, passed: bool = True) -> dict[str, Any]:
         **dict.fromkeys(("teacher", "before", "after"), figures),
         "identity": {**identity, "name": "tiny", "version": run.recipe.version, "units": 2},
         "gate": {"kl_t1": bound},
+        "recipe": {"student": {"teacher_layers": [0]}},
     }
 
 

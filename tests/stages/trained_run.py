@@ -76,7 +76,9 @@ def row_logits(model: PreTrainedModel, sequence: Sequence) -> np.ndarray:
 
 def store_capture(storage: Storage, recipe: Recipe, token: LeaseToken, sequences: list[Sequence]) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher_folder(), dtype=torch.float32)
-    identity = CaptureIdentity({"weights": "tiny", "engine": "test"}, "tokenizer-hash", TINY_VOCAB, K, (1.0,), 1)
+    identity = CaptureIdentity(
+        {"weights": "tiny", "engine": "test", "dtype": "float32"}, "tokenizer-hash", TINY_VOCAB, K, (1.0,), 1
+    )
     units, summaries = [], {}
     for name, part in (("a", sequences[:4]), ("b", sequences[4:])):
         content = hashlib.sha256(name.encode()).hexdigest()

@@ -148,8 +148,9 @@ def _report(require: dict[str, float]) -> tuple[dict, list[dict[str, float]]]:
     kept.add(-np.random.default_rng(0).exponential(3, N))
     report = build_report(
         Evaluation(*sums, kept_mass=kept, tokens_per_s=1234.5),
+        recipe={"capture": {"top_k": 64}},
         identity=RunIdentity("triage", "2026-W47", "c" * 32, 3, "d" * 32, "t<e>acher", "k" * 32, "s" * 64, "r" * 32),
-        timings=Timings({"capture": 12.5, "train": 60.0}, {"teacher": 500.0, "train": 900.0, "evaluate": 1234.5}),
+        timings=Timings({"capture": 12.5, "train": 60.0}, {"teacher": 500.0, "train": 900.0, "evaluate": 1234.5}, 1),
         tokens=TokenCounts(captured=1000, reused=200, supervised_train=2400, held_out=N),
         targets=TargetFigures(rows=1197, bytes_per_row=210.4, mean_kept_mass=0.93, dead_letters=2),
         history=history,
@@ -208,6 +209,17 @@ def test_report_html_is_self_contained_and_complete() -> None:
     assert len(page) < 400_000
 
 
+def test_report_html_says_which_rates_were_not_measured() -> None:
+    report, history = _report({})
+    assert "500 (capture time of 1 of 3 units not known)" in render_html(report, history)
+    report["timings"]["untimed_units"] = 0
+    assert "500</td>" in render_html(report, history)
+    report["timings"] |= {"untimed_units": 3, "tokens_per_s": {"evaluate": 1234.5}}
+    page = render_html(report, history)
+    assert "not measured (capture time of 3 of 3 units not known)" in page
+    assert 'Tokens/s, train</td><td class="number">not measured<' in page
+
+
 def test_report_html_before_any_training_step_leaves_the_loss_curve_out() -> None:
     report, _ = _report({})
     assert render_html(report, []).count("<svg") == 2
@@ -238,10 +250,20 @@ def test_model_card_front_matter_is_yaml_with_lineage() -> None:
     import yaml
 
     report, _ = _report({"kl_t1": 0.5})
-    card = model_card(report, teacher="llama: 70b", licence="apache-2.0", recipe={"name": "triage"})
+    card = model_card(report, teacher="llama: 70b", licence="apache-2.0", dtype="float16")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) | {"license": "apache-2.0", "base_model": "llama: 70b"} == yaml.safe_load(front)
-    for text in ("c" * 32, "d" * 32, "r" * 32, "s" * 64, "t<e>acher", "apache-2.0", '"name": "triage"', "passed"):
+    for text in (
+        "c" * 32,
+        "d" * 32,
+        "r" * 32,
+        "s" * 64,
+        "t<e>acher",
+        "apache-2.0",
+        '"top_k": 64',
+        "| float16 |",
+        "passed",
+    ):
         assert text in body, text
 
 
