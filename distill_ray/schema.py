@@ -106,7 +106,9 @@ class UnitSummary:
     dead: int
     """Dead letters of the unit."""
     teacher_seconds: float
-    """Seconds the teacher spent on the unit."""
+    """Seconds the teacher spent on the unit; 0 where they are not known."""
+    entropy: bool | None = None
+    """Whether its rows hold the teacher's entropy; None where the index does not say."""
 
     @property
     def rows(self) -> int:

@@ -64,6 +64,7 @@ def summaries_table(summaries: list[UnitSummary]) -> pa.Table:
             "kept_mass_sum": pa.array([s.kept_mass_sum for s in summaries], pa.float64()),
             "dead": pa.array([s.dead for s in summaries], pa.int64()),
             "teacher_seconds": pa.array([s.teacher_seconds for s in summaries], pa.float64()),
+            "entropy": pa.array([s.entropy for s in summaries], pa.bool_()),
         }
     )
 
@@ -77,10 +78,14 @@ def table_summaries(table: pa.Table) -> list[UnitSummary]:
         arrays[name] = [values[a:b] for a, b in pairwise(offsets.tolist())]
     scalars = ("unit", "object_bytes", "object_sha256", "kept_mass_sum", "dead", "teacher_seconds")
     rows = zip(*(table.column(name).to_pylist() for name in scalars), strict=True)
+    # Tables written before this column was kept say nothing of it.
+    known = "entropy" in table.column_names
+    entropy = table.column("entropy").to_pylist() if known else [None] * table.num_rows
     return [
         UnitSummary(
             **dict(zip(scalars, row, strict=True)),
             **{name: arrays[name][i] for name in arrays},
+            entropy=entropy[i],
         )
         for i, row in enumerate(rows)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill_ray.codec import row_bytes
 from distill_ray.errors import IntegrityError, UserError
@@ -14,7 +14,7 @@ from distill_ray.storage import NotFoundError, Storage, open_storage
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
 from distill_ray.targets.index import load_index, target_objects
 from distill_ray.targets.manifest import read_run_manifest
-from distill_ray.targets.reader import open_unit, read_unit
+from distill_ray.targets.reader import UnitReader, UnitTargets, open_unit, read_unit
 
 _URI = re.compile(
     r"(?:(?P<root>.*?)/)?"
@@ -41,6 +41,16 @@ class InspectReport:
     mean_kept_mass: float | None
     dead: int
     teacher_seconds: float
+    untimed_units: int
+    """Units with rows whose capture's seconds are not known."""
+    filled_units: int
+    """Units with rows; the others hold dead letters alone."""
+    entropy_units: int
+    """Of these, units whose rows hold the teacher's entropy: an engine gives it or does not, under one fingerprint.
+    Tail masses cannot differ so: their temperatures are in the fingerprint."""
+    entropy_rows: int
+    entropy_unknown: int
+    """Units with rows of which the index does not say; `verify` reads it from the objects."""
     verified: bool
     problems: tuple[str, ...]
 
@@ -66,13 +76,22 @@ class InspectReport:
             facts["bytes per row"] = f"{self.bytes_per_row:.1f}{packed}"
         if self.mean_kept_mass is not None:
             facts["mean kept mass"] = f"{self.mean_kept_mass:.6f}"
+        facts["entropy"] = self._entropy()
         facts["dead letters"] = f"{self.dead:,}"
         if self.teacher_seconds:
-            facts["teacher time"] = f"{self.teacher_seconds:,.1f} s"
+            untimed = f", of {self.untimed_units:,} units not known" if self.untimed_units else ""
+            facts["teacher time"] = f"{self.teacher_seconds:,.1f} s{untimed}"
         lines = [f"{name:<15} {value}" for name, value in facts.items()]
         how = "every byte read and verified" if self.verified else "not verified (--verify reads everything)"
         lines.append(f"{'problems':<15} {len(self.problems) or 'none'}; {how}")
         return "\n".join(lines + [f"  {p}" for p in self.problems])
+
+    def _entropy(self) -> str:
+        unknown = f", {self.entropy_unknown:,} not known (--verify reads them)" if self.entropy_unknown else ""
+        return (
+            f"in {self.entropy_units:,} of {self.filled_units:,} units ({self.entropy_rows:,} of {self.rows:,} rows)"
+            f"{unknown}"
+        )
 
 
 def inspect(uri: str, verify: bool = False) -> InspectReport:
@@ -162,6 +181,7 @@ class _Look:
         self._summaries.append(read.summary())
 
     def _known(self, summary: UnitSummary, size: int | None) -> None:
+        at = len(self._summaries)
         self._summaries.append(summary)
         where = f"{self._storage.uri}/{unit_key(str(self._fingerprint), summary.unit)}"
         if size is None:
@@ -169,9 +189,11 @@ class _Look:
         elif size != summary.object_bytes and not self._verify:
             self._problems.append(f"{where} has {size} bytes, recorded {summary.object_bytes}; run capture again")
         elif self._verify or self._identity is None:
-            self._open(summary)
+            opened = self._open(summary)
+            if opened is not None:
+                self._summaries[at] = replace(summary, entropy=opened.info.entropy)
 
-    def _open(self, summary: UnitSummary) -> None:
+    def _open(self, summary: UnitSummary) -> UnitTargets | UnitReader | None:
         fingerprint = str(self._fingerprint)
         try:
             if self._verify:
@@ -180,13 +202,16 @@ class _Look:
                 opened = open_unit(self._storage, fingerprint, summary.unit, object_bytes=summary.object_bytes)
         except (IntegrityError, NotFoundError) as error:
             self._problems.append(str(error))
-            return
+            return None
         self._identity = self._identity or opened.identity
+        return opened
 
     def report(self, uri: str, kind: str) -> InspectReport:
         """The sums."""
         found = self._summaries
         rows = sum(s.rows for s in found)
+        filled = [s for s in found if s.rows]
+        with_entropy = [s for s in filled if s.entropy]
         return InspectReport(
             uri=uri,
             kind=kind,
@@ -200,6 +225,11 @@ class _Look:
             mean_kept_mass=sum(s.kept_mass_sum for s in found) / rows if rows else None,
             dead=sum(s.dead for s in found),
             teacher_seconds=sum(s.teacher_seconds for s in found),
+            untimed_units=sum(s.teacher_seconds == 0 for s in filled),
+            filled_units=len(filled),
+            entropy_units=len(with_entropy),
+            entropy_rows=sum(s.rows for s in with_entropy),
+            entropy_unknown=sum(s.entropy is None for s in filled),
             verified=self._verify or kind == "unit",
             problems=tuple(self._problems),
         )

@@ -30,6 +30,8 @@ class UnitInfo:
     rows: int
     kept_mass_sum: float
     dead: tuple[DeadLetter, ...]
+    entropy: bool
+    """Whether the rows hold the teacher's entropy; the one column that objects of a capture may have or lack."""
     regions: tuple[Region, ...]
 
 
@@ -196,6 +198,7 @@ class UnitTargets:
             kept_mass_sum=self.info.kept_mass_sum,
             dead=len(self.info.dead),
             teacher_seconds=0.0,
+            entropy=self.info.entropy,
         )
 
 
@@ -206,14 +209,14 @@ def _open_parquet(footer: bytes, window: Window, sealed: int, where: str) -> tup
         metadata = json.loads((parsed.metadata or {})[METADATA_KEY])
         # Given its metadata, pyarrow reads nothing of the window but the row groups asked for.
         file = pq.ParquetFile(window, metadata=parsed, pre_buffer=False)
-        return file, _info(metadata, file.num_row_groups, sealed, where)
+        return file, _info(metadata, file, sealed, where)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"{where}: its footer cannot be read ({type(error).__name__}: {error}); {REMEDY}"
         ) from error
 
 
-def _info(metadata: dict[str, Any], row_groups: int, sealed: int, where: str) -> UnitInfo:
+def _info(metadata: dict[str, Any], file: pq.ParquetFile, sealed: int, where: str) -> UnitInfo:
     if metadata["schema_version"] != SCHEMA_VERSION:
         raise IntegrityError(
             f"{where}: schema version {metadata['schema_version']}, this program reads {SCHEMA_VERSION}; use the "
@@ -222,8 +225,8 @@ def _info(metadata: dict[str, Any], row_groups: int, sealed: int, where: str) ->
     unit = dict(metadata["unit"])
     source = SourceSlice(**unit.pop("source"))
     ends = [len(MAGIC), *(end for end, _ in metadata["row_groups"])]
-    if len(ends) != row_groups + 1 or ends[-1] != sealed:
-        raise IntegrityError(f"{where}: digests of {len(ends) - 1} row groups for {row_groups}; {REMEDY}")
+    if len(ends) != file.num_row_groups + 1 or ends[-1] != sealed:
+        raise IntegrityError(f"{where}: digests of {len(ends) - 1} row groups for {file.num_row_groups}; {REMEDY}")
     regions = [
         Region(start, end, digest) for start, (end, digest) in zip(ends[:-1], metadata["row_groups"], strict=True)
     ]
@@ -234,6 +237,7 @@ def _info(metadata: dict[str, Any], row_groups: int, sealed: int, where: str) ->
         rows=metadata["rows"],
         kept_mass_sum=metadata["kept_mass_sum"],
         dead=tuple(DeadLetter(**d) for d in metadata["dead"]),
+        entropy="entropy" in file.schema_arrow.names,
         regions=tuple(regions),
     )
 

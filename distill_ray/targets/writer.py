@@ -70,7 +70,8 @@ def encode_unit(
         raise IntegrityError(
             f"unit {unit.hash}: entropy given for some sequences only; the engine must give all or none"
         )
-    data = _to_bytes(identity, unit, stored, dead, kept_mass)
+    entropy = any(s.entropy_N is not None for s in stored)
+    data = _to_bytes(identity, unit, stored, dead, kept_mass, entropy)
     summary = UnitSummary(
         unit=unit.hash,
         lengths=np.array([len(s.tokens) for s in stored], np.int32),
@@ -81,6 +82,7 @@ def encode_unit(
         kept_mass_sum=kept_mass,
         dead=len(dead),
         teacher_seconds=teacher_seconds,
+        entropy=entropy,
     )
     return data, summary
 
@@ -112,9 +114,14 @@ def _groups(stored: list[StoredSequence]) -> Iterator[tuple[int, int]]:
 
 
 def _to_bytes(
-    identity: CaptureIdentity, unit: Unit, stored: list[StoredSequence], dead: list[DeadLetter], kept_mass: float
+    identity: CaptureIdentity,
+    unit: Unit,
+    stored: list[StoredSequence],
+    dead: list[DeadLetter],
+    kept_mass: float,
+    entropy: bool,
 ) -> bytes:
-    schema = arrow_schema(identity, with_entropy=bool(stored) and stored[0].entropy_N is not None)
+    schema = arrow_schema(identity, with_entropy=entropy)
     sink = io.BytesIO()
     fingerprint = identity.fingerprint
     ends = []

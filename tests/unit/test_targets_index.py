@@ -12,7 +12,7 @@ from distill_ray.errors import IntegrityError, LeaseLostError, UserError
 from distill_ray.lease import Lease, publish
 from distill_ray.schema import UnitSummary
 from distill_ray.storage import NotFoundError, open_storage
-from distill_ray.targets.index import MERGE_AT, UNITS_PER_OBJECT
+from distill_ray.targets.index import MERGE_AT, UNITS_PER_OBJECT, summaries_table, table_summaries
 from tests.unit.targets_fakes import captured, dead_letter, identity, unit
 
 OF = identity(temperatures=(1.0,))
@@ -24,9 +24,9 @@ def storage(tmp_path):
     return open_storage(str(tmp_path))
 
 
-def capture(storage, name: str, of=OF, seed: int = 0) -> UnitSummary:
+def capture(storage, name: str, of=OF, seed: int = 0, **shape) -> UnitSummary:
     u = unit(name, uri=f"corpus/{name}.jsonl")
-    data, summary = targets.encode_unit(of, u, *captured(of, seed=seed), [dead_letter(u)], 2.0)
+    data, summary = targets.encode_unit(of, u, *captured(of, seed=seed, **shape), [dead_letter(u)], 2.0)
     storage.put(targets.unit_key(of, u.hash), data)
     return summary
 
@@ -266,6 +266,36 @@ def test_inspect_describes_capture_unit_and_run(storage, tmp_path, verify):
     assert "top 8, temperatures 1.0, codec 1" in text
     assert "packed 28" in text
     assert "problems        none" in text
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_inspect_says_how_many_units_hold_the_entropy(storage, tmp_path, verify, indexed):
+    mixed = [capture(storage, "a"), capture(storage, "b", entropy=False), capture(storage, "empty", lengths=())]
+    if indexed:
+        targets.append_index(storage, FP, mixed)
+    report = targets.inspect(f"{tmp_path}/targets/{FP}", verify)
+    assert (report.entropy_units, report.filled_units, report.entropy_rows, report.entropy_unknown) == (1, 2, 47, 0)
+    assert "entropy         in 1 of 2 units (47 of 94 rows)\n" in report.render()
+
+
+def test_an_index_from_before_entropy_was_noted_is_read_and_says_so(storage, tmp_path):
+    a, b = capture(storage, "a"), capture(storage, "b")
+    old = summaries_table([a, b]).drop_columns("entropy")
+    assert [s.entropy for s in table_summaries(old)] == [None, None]
+    targets.append_index(storage, FP, table_summaries(old))
+    report = targets.inspect(f"{tmp_path}/targets/{FP}")
+    # The first object is opened for its identity.
+    assert "entropy         in 1 of 2 units (47 of 94 rows), 1 not known (--verify reads them)\n" in report.render()
+    full = targets.inspect(f"{tmp_path}/targets/{FP}", verify=True)
+    assert "entropy         in 2 of 2 units (94 of 94 rows)\n" in full.render()
+
+
+def test_inspect_says_of_how_many_units_the_teachers_time_is_not_known(storage, tmp_path):
+    targets.append_index(storage, FP, [capture(storage, "a")])
+    capture(storage, "killed before the index")
+    targets.done_units(storage, FP)
+    assert "teacher time    2.0 s, of 1 units not known\n" in targets.inspect(f"{tmp_path}/targets/{FP}").render()
 
 
 def test_inspect_lists_every_problem(storage, tmp_path):
