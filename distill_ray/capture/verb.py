@@ -127,12 +127,19 @@ def _of_this_version(recipe: Recipe, storage: Storage, identity: CaptureIdentity
     entry = read_published(storage, recipe.run_prefix).get("targets")
     if entry is None:
         return planned
+    if entry["fingerprint"] != identity.fingerprint:
+        return planned
     try:
         manifest = targets.read_run_manifest(storage, entry)
-    except IntegrityError:
-        return planned  # nothing tells any more; training refuses another plan than its checkpoint's
-    if manifest.fingerprint != identity.fingerprint:
-        return planned
+    except IntegrityError as error:
+        found = targets.units_of_lost_manifest(storage, entry, planned)
+        if found is None:
+            raise UserError(
+                f"{storage.uri}/{entry['key']} is missing or damaged, and which {entry['units']} units version "
+                f"{recipe.version} has cannot be told any more: the corpus has {len(planned)} now; restore that "
+                "object, or let corpus.sources name the very sources of then, or give a new --version"
+            ) from error
+        return found
     wanted = {u.unit: u for u in manifest.units}
     units = [replace(u, multiplicity=wanted[u.hash].multiplicity) for u in planned if u.hash in wanted]
     gone = wanted.keys() - {u.hash for u in units}

@@ -25,13 +25,12 @@ def recipe_fields(recipe: Recipe, manifest: RunManifest) -> dict[str, Any]:
 
 def run_identity(recipe: Recipe, manifest: RunManifest, student_sha256: str) -> reports.RunIdentity:
     """What was computed, by fingerprint."""
-    units = sorted([u.unit, u.multiplicity] for u in manifest.units)
     return reports.RunIdentity(
         name=recipe.name,
         version=recipe.version,
         capture=manifest.identity.fingerprint,
-        units=len(units),
-        corpus=fingerprint({"units": units}),
+        units=len(manifest.units),
+        corpus=manifest.corpus,
         teacher=fingerprint(dict(manifest.identity.teacher)),
         tokenizer=manifest.identity.tokenizer,
         student=student_sha256,

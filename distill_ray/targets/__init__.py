@@ -4,7 +4,13 @@ from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_k
 from distill_ray.targets.index import append_index, done_units, load_index, target_objects
 from distill_ray.targets.inspect import InspectReport, inspect
 from distill_ray.targets.layout import StoredSequence
-from distill_ray.targets.manifest import ManifestUnit, RunManifest, read_run_manifest, write_run_manifest
+from distill_ray.targets.manifest import (
+    ManifestUnit,
+    RunManifest,
+    read_run_manifest,
+    units_of_lost_manifest,
+    write_run_manifest,
+)
 from distill_ray.targets.reader import UnitReader, UnitTargets, decode_rows, open_unit, read_unit
 from distill_ray.targets.writer import encode_unit
 
@@ -28,5 +34,6 @@ __all__ = [
     "read_unit",
     "target_objects",
     "unit_key",
+    "units_of_lost_manifest",
     "write_run_manifest",
 ]

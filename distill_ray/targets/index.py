@@ -128,6 +128,12 @@ def load_index(
     return {unit: e.summary for unit, e in entries.items()}
 
 
+def indexed_times(storage: Storage, capture: CaptureIdentity | str) -> dict[str, float]:
+    """Unit hash → Unix seconds at which it was indexed last; the units of `load_index`."""
+    entries, _, _ = _load(storage, capture, _warn)
+    return {unit: e.indexed_at for unit, e in entries.items()}
+
+
 def done_units(
     storage: Storage, capture: CaptureIdentity | str, *, report: Report | None = None
 ) -> dict[str, UnitSummary]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill_ray.config import fingerprint
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import LeaseToken, document_entry, put_owned, read_document
 from distill_ray.schema import Unit, UnitSummary
 from distill_ray.storage.base import Storage
 from distill_ray.targets.identity import CaptureIdentity
-from distill_ray.targets.index import summaries_table, table_bytes, table_summaries
+from distill_ray.targets.index import indexed_times, summaries_table, table_bytes, table_summaries
 
 SCHEMA_VERSION = 1
 _IDENTITY = b"distill_ray_identity"
@@ -89,6 +90,11 @@ class RunManifest:
         return self.identity.fingerprint
 
     @property
+    def corpus(self) -> str:
+        """Fingerprint over unit hashes and multiplicities."""
+        return _corpus((u.unit, u.multiplicity) for u in self.units)
+
+    @property
     def rows(self) -> int:
         """Distinct target rows."""
         return sum(u.rows for u in self.units)
@@ -107,6 +113,10 @@ class RunManifest:
     def mean_kept_mass(self) -> float:
         """Mean over rows of the kept mass P; NaN without rows."""
         return sum(u.kept_mass for u in self.units) / self.rows if self.rows else float("nan")
+
+
+def _corpus(units: Iterable[tuple[str, int]]) -> str:
+    return fingerprint({"units": sorted([unit, multiplicity] for unit, multiplicity in units)})
 
 
 def write_run_manifest(
@@ -147,6 +157,7 @@ def write_run_manifest(
         **document_entry(key, data),
         "bytes": len(data),
         "fingerprint": identity.fingerprint,
+        "corpus": manifest.corpus,
         "units": len(units),
         "sequences": manifest.sequences,
         "rows": manifest.rows,
@@ -163,6 +174,25 @@ def read_run_manifest(storage: Storage, entry: Mapping[str, Any]) -> RunManifest
     """
     data = read_document(storage, entry, "run `distill-ray capture` again: it writes it anew from the stored targets")
     return _parse(data, f"{storage.uri}/{entry['key']}")
+
+
+def units_of_lost_manifest(storage: Storage, entry: Mapping[str, Any], planned: list[Unit]) -> list[Unit] | None:
+    """The units that a lost manifest named, told by the published fingerprint over them; None where they cannot be.
+
+    Either all that is planned now, or, where the corpus has grown since, the planned units that were indexed first:
+    what came later was captured later. That order is only a guess, the fingerprint the proof.
+
+    Args:
+        storage: the run's store.
+        entry: "targets" of the run's record.
+        planned: the corpus as it is now, cut into units.
+    """
+    at = indexed_times(storage, entry["fingerprint"])
+    captured = sorted((u for u in planned if u.hash in at), key=lambda u: (at[u.hash], u.hash))
+    for units in (planned, captured[: entry["units"]]):
+        if _corpus((u.hash, u.multiplicity) for u in units) == entry.get("corpus"):
+            return sorted(units, key=lambda u: u.hash)
+    return None
 
 
 def _parse(data: bytes, where: str) -> RunManifest:

@@ -249,6 +249,29 @@ def test_an_altered_or_missing_manifest_is_refused(storage):
         targets.read_run_manifest(storage, entry)
 
 
+def test_the_units_of_a_lost_manifest_are_told_though_the_corpus_has_grown(storage):
+    units, _, entry = manifest(storage, names="abcd")
+    later = [unit(n) for n in "efgh"]
+    storage.delete(entry["key"])
+    want = sorted(units, key=lambda u: u.hash)
+    assert targets.units_of_lost_manifest(storage, entry, [*later, *units]) == want, "none of them captured yet"
+    targets.append_index(storage, FP, [capture(storage, n) for n in "efgh"])
+    assert targets.units_of_lost_manifest(storage, entry, [*later, *units]) == want
+    assert targets.units_of_lost_manifest(storage, entry, units) == want
+
+
+def test_the_units_of_a_lost_manifest_are_never_guessed(storage):
+    units, _, entry = manifest(storage, names="abcd")
+    assert targets.units_of_lost_manifest(storage, entry, units[:3]) is None
+    assert targets.units_of_lost_manifest(storage, entry, [*units[:3], unit("e")]) is None
+    twice = [dataclasses.replace(units[0], multiplicity=7), *units[1:]]
+    assert targets.units_of_lost_manifest(storage, entry, twice) is None
+    (key,) = index_keys(storage)
+    storage.delete(key)
+    assert targets.units_of_lost_manifest(storage, entry, units) == sorted(units, key=lambda u: u.hash)
+    assert targets.units_of_lost_manifest(storage, entry, [*units, unit("e")]) is None
+
+
 @pytest.mark.parametrize("verify", [False, True])
 def test_inspect_describes_capture_unit_and_run(storage, tmp_path, verify):
     _, summaries, _ = manifest(storage)
