@@ -1,7 +1,8 @@
 """Capture: pending units → read and tokenise → teacher → encode and write, as one Ray Data pipeline.
 
 stages.py    what happens to one unit: pure functions and the teacher's actor
-pool.py      the Ray Data pipeline over pending units, seen as a stream of summaries
+dataset.py   the Ray Data pipeline over pending units
+pool.py      the actor that iterates it, seen from the driver as a stream of summaries
 verb.py      what is missing, the run over it, dead letters and the run manifest
 """
 

@@ -1,56 +1,44 @@
-"""The Ray Data pipeline over pending units, seen from the driver as a stream of small summaries.
-
-Memory is bounded whatever the corpus size: Ray Data holds back readers while the teacher is busy, and the driver sees a
-few hundred bytes a unit plus the sequences' lengths.
-"""
+"""The teachers' work, seen from the driver as a stream of summaries: a few hundred bytes a unit and its lengths."""
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
-import warnings
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import Any
 
-import pyarrow as pa
 import ray
-import ray.data
-from ray.exceptions import RayTaskError
-from ray.util.annotations import RayDeprecationWarning
 
-from distill_ray import corpus
-from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, to_row, write
+from distill_ray.capture.stages import EngineFactory
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.schema import Unit, UnitSummary
+from distill_ray.session import on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 
-_TASK_CPUS = 0.25
-"""CPUs that a reading or writing task asks for."""
-_CPU_TEACHER_CPUS = 0.5
-"""CPUs that a teacher without a GPU asks for; not the tasks' share, or Ray Data would fuse reading into the actor."""
-_TASKS_PER_TEACHER = 2
-"""Readers, and writers, for each teacher: each is a process with its own tokenizer."""
-_QUEUED_PER_TEACHER = 2
-"""Units given to an actor at a time. Below 1.75 Ray Data would never grow the pool."""
-_UNIT_RETRIES = 4
-"""How often a unit may lose its teacher's process before the run fails: one that kills every engine must not loop."""
-_MOST_BLOCKS = 10_000
 _POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class _Failed:
-    error: BaseException
+    error: DistillError
 
 
-class _Finished:
-    pass
+class _Pump:
+    """Iterates Ray Data in an actor, which can be ended while the teacher works.
+
+    Threads of Ray Data in the driver would wait in Ray's core worker beyond `ray.shutdown()` and crash the process at a
+    later `ray.init()` or a second after (ray-project/ray#31145).
+    """
+
+    def summaries(self, *args: Any) -> Iterator[UnitSummary | _Failed]:
+        from distill_ray.capture.dataset import iter_summaries
+
+        try:
+            yield from iter_summaries(*args)
+        except DistillError as error:
+            yield _Failed(error)  # as a value: raised, it would arrive in Ray's wrapping
 
 
 def summaries(
@@ -64,143 +52,27 @@ def summaries(
 ) -> Generator[UnitSummary, None, None]:
     """Capture `pending`; yields each unit's summary once its object is written, in order of completion.
 
-    Ray must be initialised. Ray Data is iterated in a thread, so that a stop is heard while the teacher works; that
-    thread ends with the unit it waits for, or with Ray.
+    Ray must be initialised.
 
     Raises:
         StoppedError: `stop` was set; units already yielded are stored.
         DistillError: an error of ours in any stage, as it was raised there.
     """
-    results: queue.SimpleQueue[UnitSummary | _Failed | _Finished] = queue.SimpleQueue()
-    closed = threading.Event()
-
-    def pump() -> None:
-        try:
-            rows = _pipeline(recipe, storage, identity, tokenizer, pending, engine_factory)
-            tables: Iterator[Any] = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-            for table in tables:
-                for i in range(table.num_rows):
-                    results.put(from_row(table.slice(i, 1)))
-                if closed.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001  (carried to the caller's thread and raised there)
-            results.put(_Failed(error))
-        else:
-            results.put(_Finished())
-
-    threading.Thread(target=pump, name="capture", daemon=True).start()
+    pump: Any = ray.remote(_Pump).options(**on_this_node()).remote()
+    method = pump.summaries.options(num_returns="streaming")
+    stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory)
     try:
         while True:
             if stop.is_set():
                 raise StoppedError("capture stopped; every finished unit is kept, the same command goes on from there")
-            try:
-                item = results.get(timeout=_POLL_S)
-            except queue.Empty:
+            if not ray.wait([stream], timeout=_POLL_S)[0]:
                 continue
-            if isinstance(item, _Finished):
+            try:
+                found: Any = ray.get(next(stream))
+            except StopIteration:
                 return
-            if isinstance(item, _Failed):
-                raise _own_error(item.error) from item.error
-            yield item
+            if isinstance(found, _Failed):
+                raise found.error
+            yield found
     finally:
-        closed.set()
-
-
-def _pipeline(
-    recipe: Recipe,
-    storage: Storage,
-    identity: CaptureIdentity,
-    tokenizer: Any,
-    pending: list[Unit],
-    engine_factory: EngineFactory,
-) -> ray.data.Dataset:
-    replicas = recipe.teacher.replicas
-    tasks = min(_TASKS_PER_TEACHER * replicas.max, len(pending))
-    # The tokenizer travels as an object: a machine that only tokenises need not stage the teacher's weights.
-    tokenizer_ref = ray.put(tokenizer)
-    table = pa.concat_tables([to_row(unit) for unit in pending])
-    as_is: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-    with _unit_sized_blocks():
-        units = ray.data.from_arrow(table, override_num_blocks=min(len(pending), _MOST_BLOCKS))
-        return (
-            units.map_batches(
-                partial(
-                    _read_row,
-                    section=recipe.corpus,
-                    most_tokens=corpus.most_unit_tokens(identity.top_k),
-                    tokenizer_ref=[tokenizer_ref],
-                ),
-                num_cpus=_TASK_CPUS,
-                compute=ray.data.TaskPoolStrategy(tasks),
-                **as_is,
-            )
-            .map_batches(
-                Teacher,
-                fn_constructor_args=(engine_factory,),
-                compute=ray.data.ActorPoolStrategy(
-                    min_size=max(1, replicas.min),
-                    max_size=replicas.max,
-                    max_tasks_in_flight_per_actor=_QUEUED_PER_TEACHER,
-                ),
-                max_task_retries=_UNIT_RETRIES,
-                **_teacher_resources(recipe),
-                **as_is,
-            )
-            .map_batches(
-                partial(_write_row, storage=storage, identity=identity),
-                num_cpus=_TASK_CPUS,
-                compute=ray.data.TaskPoolStrategy(tasks),
-                **as_is,
-            )
-        )
-
-
-def _teacher_resources(recipe: Recipe) -> dict[str, float]:
-    # The engine's own processes use the GPUs that Ray gives to the actor.
-    if recipe.teacher.use_gpu:
-        return {"num_gpus": recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel, "num_cpus": 0}
-    return {"num_cpus": _CPU_TEACHER_CPUS}
-
-
-@contextmanager
-def _unit_sized_blocks() -> Iterator[None]:
-    """Every row becomes a block of its own, so that a finished unit never waits for a block to fill.
-
-    Also: an error of ours keeps its type, and Ray Data prints nothing of its own.
-    """
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = 1
-    context.raise_original_map_exception = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    with ray.data.DataContext.current(context), warnings.catch_warnings():
-        # Ray 2.60 announces that arguments of the actor will lose their place here, and has none yet for retries.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        yield
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(ref: ray.ObjectRef) -> Any:
-    return ray.get(ref)
-
-
-def _read_row(table: pa.Table, section: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]) -> pa.Table:
-    return to_row(read(from_row(table), section, _tokenizer(tokenizer_ref[0]), most_tokens))
-
-
-def _write_row(table: pa.Table, storage: Storage, identity: CaptureIdentity) -> pa.Table:
-    return to_row(write(storage, identity, from_row(table)))
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """Our own error inside Ray's wrapping, or the error itself."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, RayTaskError):
-            # Ray's wrapper may be of both classes; what was raised in the worker is inside.
-            inner = inner.cause  # type: ignore[attr-defined]
-        if isinstance(inner, DistillError):
-            return inner
-        inner = inner and (inner.__cause__ or inner.__context__)
-    return error
+        ray.kill(pump)

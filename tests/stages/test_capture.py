@@ -187,7 +187,7 @@ def test_a_teacher_that_dies_is_replaced_and_its_unit_redone(tmp_path: Path) -> 
 def test_stop_keeps_and_indexes_what_is_finished(tmp_path: Path) -> None:
     _write(tmp_path / "corpus", "a.jsonl", TEXTS * 200)
     recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
-    stop = threading.Event()
+    stop, threads = threading.Event(), set(threading.enumerate())
 
     class StopsAfterTwo(Progress):
         def advance(self, count: int = 1, **fields: Any) -> None:
@@ -200,6 +200,8 @@ def test_stop_keeps_and_indexes_what_is_finished(tmp_path: Path) -> None:
         capture.run(
             recipe, storage, lease.token, stop, StopsAfterTwo, engine_factory=partial(ShortTeacher, seconds=0.3)
         )
+    # One that waits in Ray's core worker would crash this process at its next `ray.init()`.
+    assert set(threading.enumerate()) <= threads, "threads left behind"
     identity = capture.capture_identity(recipe)
     indexed = targets.load_index(storage, identity)
     assert len(indexed) >= 2
