@@ -6,15 +6,18 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from distill_ray.config import Recipe
-from distill_ray.errors import UserError
+from distill_ray.errors import DistillError, UserError
 
 # Workers never ask a model hub or a statistics server for anything.
 _WORKER_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+
+_SAY_FULL_S = 10.0
 
 
 def cluster_address(address: str | None) -> str | None:
@@ -61,6 +64,48 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         yield
     finally:
         ray.shutdown()
+
+
+def describe_room(needed: Mapping[str, float]) -> str:
+    """Needed, present and free resources in one clause. Ray is connected."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    wanted = " and ".join(f"{n:g} {name}" for name, n in needed.items())
+    has = " and ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in needed)
+    return f"needs {wanted}; the cluster has {has}"
+
+
+def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None]) -> None:
+    """Say so where the cluster has had no room for some seconds: Ray by itself would wait silently, for ever.
+
+    Args:
+        what: the thing that is about to be started.
+        needed: its Ray resources.
+        note: takes the sentence.
+    """
+    import ray
+
+    since = time.monotonic()
+    while (free := ray.available_resources()) and any(free.get(name, 0) < n for name, n in needed.items()):
+        if time.monotonic() - since > _SAY_FULL_S:
+            note(f"waiting for resources: {what} {describe_room(needed)}")
+            return
+        time.sleep(0.2)
+
+
+def died(what: str, error: BaseException) -> DistillError:
+    """What to tell the user of a process of ours that Ray lost.
+
+    Args:
+        what: a clause that names it.
+        error: as Ray raised it.
+    """
+    return DistillError(
+        f"{what}. Usual causes: out of memory, or a failure whose traceback lies in the log of that process on its "
+        "node, under /tmp/ray/session_latest/logs. What is finished is kept, the same command goes on from there. "
+        "Ray says: " + " ".join(str(error).split())
+    )
 
 
 def on_this_node() -> dict[str, Any]:

@@ -9,13 +9,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
@@ -23,13 +24,12 @@ from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, t
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError
 from distill_ray.schema import Unit, UnitSummary
+from distill_ray.session import died
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 
 _TASK_CPUS = 0.25
 """CPUs that a reading or writing task asks for."""
-_CPU_TEACHER_CPUS = 0.5
-"""CPUs that a teacher without a GPU asks for; not the tasks' share, or Ray Data would fuse reading into the actor."""
 _TASKS_PER_TEACHER = 2
 """Readers, and writers, for each teacher: each is a process with its own tokenizer."""
 _QUEUED_PER_TEACHER = 2
@@ -39,20 +39,31 @@ _UNIT_RETRIES = 4
 _MOST_BLOCKS = 10_000
 
 
-def iter_summaries(
+@dataclass(frozen=True)
+class Captured:
+    """A unit whose object is written."""
+
+    summary: UnitSummary
+    notes: tuple[str, ...]
+    """What the user should know of the engine that taught it."""
+
+
+def iter_captured(
     recipe: Recipe,
     storage: Storage,
     identity: CaptureIdentity,
     tokenizer: Any,
     pending: list[Unit],
     engine_factory: EngineFactory,
-) -> Iterator[UnitSummary]:
-    """Capture `pending`; each unit's summary once its object is written, in order of completion.
+    needed: dict[str, float],
+) -> Iterator[Captured]:
+    """Capture `pending`; each unit once its object is written, in order of completion. A teacher gets the Ray resources
+    `needed`.
 
-    Raises DistillError: an error of ours in any stage, as it was raised there.
+    Raises DistillError: an error of ours in any stage, as it was raised there; a teacher's process died too often.
     """
     try:
-        rows = _pipeline(recipe, storage, identity, tokenizer, pending, engine_factory)
+        rows = _pipeline(recipe, storage, identity, tokenizer, pending, engine_factory, needed)
         tables: Iterator[Any] = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
         for table in tables:
             for i in range(table.num_rows):
@@ -68,6 +79,7 @@ def _pipeline(
     tokenizer: Any,
     pending: list[Unit],
     engine_factory: EngineFactory,
+    needed: dict[str, float],
 ) -> ray.data.Dataset:
     replicas = recipe.teacher.replicas
     tasks = min(_TASKS_PER_TEACHER * replicas.max, len(pending))
@@ -98,7 +110,8 @@ def _pipeline(
                     max_tasks_in_flight_per_actor=_QUEUED_PER_TEACHER,
                 ),
                 max_task_retries=_UNIT_RETRIES,
-                **_teacher_resources(recipe),
+                num_gpus=needed.get("GPU", 0),
+                num_cpus=needed.get("CPU", 0),
                 **as_is,
             )
             .map_batches(
@@ -108,13 +121,6 @@ def _pipeline(
                 **as_is,
             )
         )
-
-
-def _teacher_resources(recipe: Recipe) -> dict[str, float]:
-    # The engine's own processes use the GPUs that Ray gives to the actor.
-    if recipe.teacher.use_gpu:
-        return {"num_gpus": recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel, "num_cpus": 0}
-    return {"num_cpus": _CPU_TEACHER_CPUS}
 
 
 @contextmanager
@@ -145,11 +151,12 @@ def _read_row(table: pa.Table, section: Any, most_tokens: int, tokenizer_ref: li
 
 
 def _write_row(table: pa.Table, storage: Storage, identity: CaptureIdentity) -> pa.Table:
-    return to_row(write(storage, identity, from_row(table)))
+    taught = from_row(table)
+    return to_row(Captured(write(storage, identity, taught), taught.notes))
 
 
 def _own_error(error: BaseException) -> BaseException:
-    """Our own error inside Ray's wrapping, or the error itself."""
+    """Our own error inside Ray's wrapping, what to do about a dead process, or the error itself."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, RayTaskError):
@@ -157,5 +164,7 @@ def _own_error(error: BaseException) -> BaseException:
             inner = inner.cause  # type: ignore[attr-defined]
         if isinstance(inner, DistillError):
             return inner
+        if isinstance(inner, RayActorError | WorkerCrashedError):
+            return died(f"a capture process died, and {_UNIT_RETRIES} retries of its unit did not help", inner)
         inner = inner and (inner.__cause__ or inner.__context__)
     return error

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.schema import Unit, UnitSummary
-from distill_ray.session import on_this_node
+from distill_ray.session import died, note_full, on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 
+if TYPE_CHECKING:
+    from distill_ray.capture.dataset import Captured
+
 _POLL_S = 0.2
+_CPU_TEACHER_CPUS = 0.5
+"""CPUs that a teacher without a GPU asks for; not the tasks' share, or Ray Data would fuse reading into the actor."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,21 @@ class _Pump:
     later `ray.init()` or a second after (ray-project/ray#31145).
     """
 
-    def summaries(self, *args: Any) -> Iterator[UnitSummary | _Failed]:
-        from distill_ray.capture.dataset import iter_summaries
+    def captured(self, *args: Any) -> Iterator[Captured | _Failed]:
+        from distill_ray.capture.dataset import iter_captured
 
         try:
-            yield from iter_summaries(*args)
+            yield from iter_captured(*args)
         except DistillError as error:
             yield _Failed(error)  # as a value: raised, it would arrive in Ray's wrapping
+
+
+def _teacher_resources(recipe: Recipe) -> dict[str, float]:
+    """Ray resources of one teacher."""
+    # The engine's own processes use the GPUs that Ray gives to the actor.
+    if recipe.teacher.use_gpu:
+        return {"GPU": recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel}
+    return {"CPU": _CPU_TEACHER_CPUS}
 
 
 def summaries(
@@ -49,18 +63,22 @@ def summaries(
     pending: list[Unit],
     engine_factory: EngineFactory,
     stop: threading.Event,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Generator[UnitSummary, None, None]:
     """Capture `pending`; yields each unit's summary once its object is written, in order of completion.
 
-    Ray must be initialised.
+    Ray must be initialised. `note` is called once with each thing that a teacher has to say.
 
     Raises:
         StoppedError: `stop` was set; units already yielded are stored.
-        DistillError: an error of ours in any stage, as it was raised there.
+        DistillError: an error of ours in any stage, as it was raised there; a process died too often.
     """
+    needed = _teacher_resources(recipe)
+    note_full("a teacher", needed, note)
     pump: Any = ray.remote(_Pump).options(**on_this_node()).remote()
-    method = pump.summaries.options(num_returns="streaming")
-    stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory)
+    method = pump.captured.options(num_returns="streaming")
+    stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory, needed)
+    noted: set[str] = set()
     try:
         while True:
             if stop.is_set():
@@ -71,8 +89,13 @@ def summaries(
                 found: Any = ray.get(next(stream))
             except StopIteration:
                 return
+            except RayActorError as error:
+                raise died("the process that directs the capture died", error) from error
             if isinstance(found, _Failed):
                 raise found.error
-            yield found
+            for text in set(found.notes) - noted:
+                note(f"teacher: {text}")
+            noted.update(found.notes)
+            yield found.summary
     finally:
         ray.kill(pump)

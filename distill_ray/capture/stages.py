@@ -54,6 +54,8 @@ class TaughtUnit:
     rows: list[TargetRows]
     dead: list[DeadLetter]
     seconds: float
+    notes: tuple[str, ...] = ()
+    """What the user should know of the engine."""
 
 
 def to_row(value: Any) -> pa.Table:
@@ -87,7 +89,7 @@ def teach(engine: Engine, work: ReadUnit) -> TaughtUnit:
         else:
             kept.append(sequence)
             rows.append(result)
-    return TaughtUnit(work.unit, kept, rows, dead, seconds)
+    return TaughtUnit(work.unit, kept, rows, dead, seconds, engine.notes)
 
 
 def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> UnitSummary:

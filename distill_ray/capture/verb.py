@@ -93,7 +93,7 @@ def run(
         if pending:
             from distill_ray.capture import pool
 
-            stream = pool.summaries(recipe, storage, identity, tokenizer, pending, factory, stop)
+            stream = pool.summaries(recipe, storage, identity, tokenizer, pending, factory, stop, bar.note)
             with closing(stream), closing(_indexed(storage, identity, stream)) as finished:
                 for summary in finished:
                     known[summary.unit] = summary

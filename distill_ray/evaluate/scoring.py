@@ -20,6 +20,7 @@ from distill_ray.config import Recipe
 from distill_ray.config.sections import StudentSection
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.ingest import BatchPlan
+from distill_ray.session import died, note_full
 from distill_ray.storage import Storage, stage_folder
 from distill_ray.student.published import stage_student
 from distill_ray.telemetry import Progress
@@ -52,13 +53,14 @@ def score_remotely(job: ScoringJob, shown: Progress, stop: threading.Event) -> r
 
     Raises:
         StoppedError: `stop` was set.
-        DistillError: an error of ours in the task, as it was raised there.
+        DistillError: an error of ours in the task, as it was raised there; its process died too often.
     """
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import NodeDiedError, RayTaskError, WorkerCrashedError
 
     # A streaming task tells its progress while it runs and needs no actor to do so.
     use_gpu = job.recipe.train.use_gpu
+    note_full("evaluation", {"GPU": 1} if use_gpu else {"CPU": 1}, shown.note)
     task = ray.remote(_score).options(num_returns="streaming", num_cpus=1, num_gpus=1 if use_gpu else 0)
     stream: Any = task.remote(job)
     while True:
@@ -75,6 +77,8 @@ def score_remotely(job: ScoringJob, shown: Progress, stop: threading.Event) -> r
             if isinstance(error.cause, DistillError):
                 raise error.cause from error
             raise
+        except (WorkerCrashedError, NodeDiedError) as error:
+            raise died("the process that scores the students died", error) from error
         if isinstance(item, reports.Evaluation):
             return item
         shown.advance(1, tokens_per_s=item)

@@ -3,7 +3,7 @@
 from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, Storage, StorageError
 from distill_ray.storage.sources import glob_sources
 from distill_ray.storage.staging import WEIGHT_FILES, is_weights, stage_folder, user_cache
-from distill_ray.storage.uris import check_access, open_storage, split_uri
+from distill_ray.storage.uris import check_access, is_s3, open_storage, split_uri
 
 __all__ = [
     "WEIGHT_FILES",
@@ -14,6 +14,7 @@ __all__ = [
     "StorageError",
     "check_access",
     "glob_sources",
+    "is_s3",
     "is_weights",
     "open_storage",
     "split_uri",

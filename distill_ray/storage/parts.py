@@ -34,7 +34,7 @@ def download_folder(storage: S3Storage, objects: list[ObjectInfo], folder: Path)
         StorageError: too little room on the disk (found before anything is read), or the store refuses.
         IntegrityError: an object was overwritten meanwhile.
     """
-    files = [_PartialFile(folder / o.key, o) for o in objects if not _is_there(folder / o.key, o.size)]
+    files = [_PartialFile(folder / o.key, o) for o in objects if not is_there(folder / o.key, o.size)]
     _require_room(files, folder)
     with ThreadPoolExecutor(_AT_ONCE, "stage") as pool:
         # A stop is raised inside wait(): without the cancellation, leaving the block would first fetch all the rest.
@@ -48,7 +48,8 @@ def download_folder(storage: S3Storage, objects: list[ObjectInfo], folder: Path)
         list(pool.map(lambda file: file.finish(storage), files))
 
 
-def _is_there(path: Path, size: int) -> bool:
+def is_there(path: Path, size: int) -> bool:
+    """Whether the file is there at that size."""
     return path.exists() and path.stat().st_size == size
 
 

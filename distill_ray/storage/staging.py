@@ -30,8 +30,9 @@ def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -
 
     A local folder is given back as it is. An `s3://` one is downloaded once per content into a folder of the user's
     cache, named by a hash over names, sizes and ETags, so that a changed source never alters a folder in use; a
-    manifest beside it, written last, says that it is whole. Objects come in parts, many at once; a killed download goes
-    on with the parts it had. Processes of one machine wait for each other.
+    manifest beside it, written last, says that it is whole. Files removed or cut short since are fetched again. Objects
+    come in parts, many at once; a killed download goes on with the parts it had. Processes of one machine wait for each
+    other.
 
     Args:
         uri: folder.
@@ -47,7 +48,7 @@ def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -
             raise UserError(f"no such folder: {folder}; correct the path or put the files there")
         return folder
     # Not at the top: the client takes a quarter of a second to import.
-    from distill_ray.storage.parts import download_folder
+    from distill_ray.storage.parts import download_folder, is_there
     from distill_ray.storage.s3 import S3Storage
 
     storage = S3Storage(uri)
@@ -59,12 +60,16 @@ def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -
     name = hashlib.sha256(manifest.encode()).hexdigest()[:32]
     root = cache or user_cache("staged")
     folder, marker = root / name, root / f"{name}.json"
-    if marker.exists():
+
+    def whole() -> bool:
+        return marker.exists() and all(is_there(folder / o.key, o.size) for o in objects)
+
+    if whole():
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / f".lock-{name}", _DOWNLOAD_S):
-            if not marker.exists():
+            if not whole():
                 download_folder(storage, objects, folder)
                 with temporary_beside(marker) as temporary:
                     temporary.write_text(manifest)

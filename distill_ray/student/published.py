@@ -9,7 +9,7 @@ from typing import Any
 
 from distill_ray.errors import IntegrityError
 from distill_ray.lease import file_sha256, folder_of, read_document
-from distill_ray.storage import Storage, stage_folder
+from distill_ray.storage import Storage, is_s3, stage_folder
 
 _REMEDY = "remove that folder and run `distill-ray train` again: it goes on from the last checkpoint and writes it anew"
 
@@ -28,16 +28,25 @@ def stage_student(storage: Storage, entry: Mapping[str, Any]) -> Path:
     uri = f"{storage.uri}/{folder_of(entry)}"
     folder = stage_folder(uri)
     for file in json.loads(data)["files"]:
-        _check(folder / file["name"], file["size"], file["sha256"], f"{uri}/{file['name']}")
+        path = folder / file["name"]
+        problem = _problem(path, file)
+        if problem and is_s3(uri):
+            # It may be this machine's copy that was damaged, long after it came whole.
+            path.unlink(missing_ok=True)
+            problem = _problem(stage_folder(uri) / file["name"], file)
+        if problem:
+            raise IntegrityError(f"{uri}/{file['name']} {problem}; {_REMEDY}")
     return folder
 
 
-def _check(path: Path, size: int, sha256: str, uri: str) -> None:
+def _problem(path: Path, file: Mapping[str, Any]) -> str | None:
+    """How a file differs from its manifest's entry; None where it does not."""
     if not path.exists():
-        raise IntegrityError(f"{uri} is missing; {_REMEDY}")
+        return "is missing"
     got = path.stat().st_size
-    if got != size:
-        raise IntegrityError(f"{uri} has {got} bytes, its manifest says {size}; {_REMEDY}")
+    if got != file["size"]:
+        return f"has {got} bytes, its manifest says {file['size']}"
     found = file_sha256(path)
-    if found != sha256:
-        raise IntegrityError(f"{uri} has SHA-256 {found[:12]}…, its manifest says {sha256[:12]}…; {_REMEDY}")
+    if found != file["sha256"]:
+        return f"has SHA-256 {found[:12]}…, its manifest says {file['sha256'][:12]}…"
+    return None

@@ -21,6 +21,9 @@ same within the engine's arithmetic, so the path is no part of what targets are;
 class Engine(Protocol):
     """Scores token sequences by teacher forcing. One engine lives in one process."""
 
+    notes: tuple[str, ...]
+    """What the user should know of how it works here, such as a slower path than wanted."""
+
     @property
     def vocab_size(self) -> int:
         """V, the number of ids the softmax runs over."""

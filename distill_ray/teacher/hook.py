@@ -62,6 +62,8 @@ class CaptureWorker:
             reducer = TileReducer(head, get_tp_group(), top_k, tuple(temperatures))
             install(runner, _taker(reducer, store if keep else None))
         except (UnknownEngineError, AttributeError, ImportError) as error:
+            if not _is_engines(error):
+                raise
             return f"{type(error).__name__}: {error}"
         self._capture_store = store if keep else None
         return ""
@@ -73,6 +75,16 @@ class CaptureWorker:
     def capture_recomputed(self) -> int:
         """Fetched rows that vLLM computed more than once, because it had preempted their prompts."""
         return 0 if self._capture_store is None else self._capture_store.recomputed
+
+
+def _is_engines(error: UnknownEngineError | AttributeError | ImportError) -> bool:
+    """Whether it is the engine that lacks a name: a mistake of ours must not pass for an engine that we do not know."""
+    if isinstance(error, UnknownEngineError):
+        return True
+    if isinstance(error, ImportError):
+        return (error.name or "").partition(".")[0] == "vllm"
+    owner = error.obj.__name__ if inspect.ismodule(error.obj) else type(error.obj).__module__
+    return owner.partition(".")[0] == "vllm"
 
 
 def install(runner: Any, take: Take) -> None:

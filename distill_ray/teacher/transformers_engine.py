@@ -28,6 +28,8 @@ _BLOCK_BYTES = 2**26
 class TransformersEngine:
     """`Engine` and `DenseEngine` over a transformers causal language model; one sequence a forward pass, no padding."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(
         self, section: TeacherSection, capture: CaptureSection, window_tokens: int, folder: Path, vocab_size: int
     ) -> None:

@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -63,6 +63,7 @@ class VllmEngine:
         path: CapturePath = "auto",
         more: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        self.notes: tuple[str, ...] = ()
         if path == "flat":
             _may_fall_back(path, None, capture.extra_temperatures)
         set_process_environment(section)
@@ -82,7 +83,7 @@ class VllmEngine:
                 return
             # Opened anew: the public path bounds the rows of a prompt's chunk, which the worker path need not.
             self.close()
-        _may_fall_back(path, unknown, self._temperatures)
+        self.notes = _may_fall_back(path, unknown, self._temperatures)
         self._open(arguments(in_worker=False) | dict(more), in_worker=False)
         self.path = "flat"
 
@@ -128,7 +129,7 @@ class VllmEngine:
                 queued += len(sequences[i])
             if not running:
                 break
-            for output in self._step():
+            for output in self._or_die(self._engine.step):
                 i, inside = running.pop(output.request_id)
                 finished.append((i, inside))
                 ready += len(sequences[i])
@@ -152,7 +153,8 @@ class VllmEngine:
         self, finished: list[tuple[int, str]], sequences: list[np.ndarray]
     ) -> list[tuple[int, TargetRows | str]]:
         """All their rows in one call, as bytes."""
-        answers = self._engine.collective_rpc("capture_fetch", args=([name for _, name in finished],))
+        names = [name for _, name in finished]
+        answers = self._or_die(partial(self._engine.collective_rpc, "capture_fetch", args=(names,)))
         data = b"".join(answers)
         counts = [len(sequences[i]) - 1 for i, _ in finished]
         words = row_words(self._top_k, self._temperatures)
@@ -167,9 +169,9 @@ class VllmEngine:
             for (i, _), part in zip(finished, parts, strict=True)
         ]
 
-    def _step(self) -> list[Any]:
+    def _or_die(self, call: Callable[[], list[Any]]) -> list[Any]:
         try:
-            return self._engine.step()
+            return call()
         except Exception:  # noqa: BLE001
             # EngineDeadError when the engine is a process of its own; RuntimeError("cancelled") and others when a
             # worker of an engine in this process is gone. Either way its state is lost. An exception would fail the
@@ -202,8 +204,8 @@ def _unknown_version() -> str | None:
     return f"vLLM {vllm.__version__} is not one of {', '.join(KNOWN_VERSIONS)}"
 
 
-def _may_fall_back(path: CapturePath, unknown: str | None, temperatures: tuple[float, ...]) -> None:
-    """Say that the public path is taken, or refuse it.
+def _may_fall_back(path: CapturePath, unknown: str | None, temperatures: tuple[float, ...]) -> tuple[str, ...]:
+    """What to tell the user when the public path is taken.
 
     Raises:
         CannotCaptureError: it was excluded, or cannot give the temperatures.
@@ -216,7 +218,8 @@ def _may_fall_back(path: CapturePath, unknown: str | None, temperatures: tuple[f
             f"capture.temperatures={sorted({*temperatures, 1.0})}: no tail mass at T ≠ 1 by vLLM's public path{why}; "
             'use the vLLM version of the project\'s lock file, teacher.engine = "transformers" or temperatures = [1.0]'
         )
-    if path == "auto":
-        print(
-            f"teacher: vLLM's public path is used{why}: several times slower, no entropy", file=sys.stderr, flush=True
-        )
+    if path != "auto":
+        return ()
+    note = f"vLLM's public path is used{why}: several times slower, no entropy"
+    print(f"teacher: {note}", file=sys.stderr, flush=True)
+    return (note,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distill_ray.config.sections import TrainSection
+from distill_ray.session import describe_room
 
 
 def worker_resources(train: TrainSection) -> dict[str, float]:
@@ -19,10 +20,5 @@ def is_waiting() -> bool:
 
 def describe(train: TrainSection) -> str:
     """Needed, free and present resources in one clause. Ray is connected."""
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    each = worker_resources(train)
-    needed = " and ".join(f"{train.workers.max * n:g} {name}" for name, n in each.items())
-    has = " and ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in each)
-    return f"train.workers.max={train.workers.max} needs {needed}; the cluster has {has}"
+    needed = {name: train.workers.max * n for name, n in worker_resources(train).items()}
+    return f"train.workers.max={train.workers.max} {describe_room(needed)}"

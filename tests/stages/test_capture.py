@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
-from distill_ray import capture, targets, teacher
+from distill_ray import capture, session, targets, teacher
 from distill_ray.config import Recipe, parse_recipe
-from distill_ray.errors import StoppedError, UserError
+from distill_ray.errors import DistillError, StoppedError, UserError
 from distill_ray.lease import Lease, read_published
 from distill_ray.schema import TargetRows
 from distill_ray.storage import open_storage
@@ -33,6 +34,7 @@ class ShortTeacher:
     """A teacher with made-up rows that refuses sequences of exactly `refused` tokens."""
 
     vocab_size = 512
+    notes = ("it makes its rows up",)
 
     def __init__(self, refused: int = -1, marker: Path | None = None, seconds: float = 0.0) -> None:
         self._refused, self._marker, self._seconds = refused, marker, seconds
@@ -87,10 +89,10 @@ def _write(folder: Path, name: str, texts: list[str]) -> Path:
     return path
 
 
-def _run(recipe: Recipe, factory: Any = None, stop: threading.Event | None = None) -> RunManifest:
+def _run(recipe: Recipe, factory: Any = None, progress: type[Progress] = Progress) -> RunManifest:
     storage = open_storage(recipe.storage.root)
     with Lease.acquire(storage, recipe.run_prefix) as lease:
-        return capture.run(recipe, storage, lease.token, stop or threading.Event(), Progress, engine_factory=factory)
+        return capture.run(recipe, storage, lease.token, threading.Event(), progress, engine_factory=factory)
 
 
 def _entry(recipe: Recipe) -> dict[str, Any]:
@@ -182,6 +184,55 @@ def test_a_teacher_that_dies_is_replaced_and_its_unit_redone(tmp_path: Path) -> 
     whole = _run(_recipe(tmp_path / "whole", f"{tmp_path}/corpus/*"), ShortTeacher)
     assert [(u.unit, u.object_sha256) for u in killed.units] == [(u.unit, u.object_sha256) for u in whole.units]
     assert killed.sequences == len(TEXTS) * 60
+
+
+class DyingTeacher(ShortTeacher):
+    def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
+        os._exit(1)
+
+
+def test_a_teacher_that_always_dies_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS)
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    with pytest.raises(
+        DistillError, match=r"capture process died, and 4 retries .* out of memory.* log .* same command"
+    ):
+        _run(recipe, DyingTeacher)
+    assert _run(recipe, ShortTeacher).sequences == len(TEXTS)
+
+
+def test_a_full_cluster_is_said_and_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @ray.remote(num_cpus=4)
+    class Hog:
+        def ready(self) -> None:
+            pass
+
+    class Listener(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+            ray.kill(hog)
+
+    notes: list[str] = []
+    hog = Hog.remote()
+    ray.get(hog.ready.remote())
+    monkeypatch.setattr(session, "_SAY_FULL_S", 0.5)
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS)
+    manifest = _run(_recipe(tmp_path / "root", f"{tmp_path}/corpus/*"), partial(ShortTeacher), Listener)
+    assert manifest.sequences == len(TEXTS)
+    assert notes[0] == "waiting for resources: a teacher needs 0.5 CPU; the cluster has 4 CPU (0 free)"
+
+
+def test_what_a_teacher_has_to_say_is_said_once(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS * 60)
+    notes: list[str] = []
+
+    class Listener(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    manifest = _run(_recipe(tmp_path / "root", f"{tmp_path}/corpus/*"), ShortTeacher, Listener)
+    assert len(manifest.units) > 1
+    assert notes == ["teacher: it makes its rows up"]
 
 
 def test_stop_keeps_and_indexes_what_is_finished(tmp_path: Path) -> None:

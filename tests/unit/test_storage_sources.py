@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,3 +111,19 @@ def test_staging_goes_on_after_a_kill_and_in_parallel(s3_uri: str, tmp_path: Pat
         assert set(pool.map(lambda _: stage_folder(s3_uri, cache), range(4))) == {folder}
     assert (folder / "3.bin").read_bytes() == bytes([3]) * 1000
     assert (folder / "1.bin").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut short", "folder removed"])
+def test_a_staged_file_that_was_lost_since_is_fetched_again(s3_uri: str, tmp_path: Path, damage: str) -> None:
+    storage, cache = open_storage(s3_uri), tmp_path / "cache"
+    for name in ("a.bin", "b.bin"):
+        storage.put(name, name.encode() * 100)
+    folder = stage_folder(s3_uri, cache)
+    if damage == "removed":
+        (folder / "a.bin").unlink()
+    elif damage == "cut short":
+        (folder / "a.bin").write_bytes(b"a")
+    else:
+        shutil.rmtree(folder)
+    assert stage_folder(s3_uri, cache) == folder
+    assert [(folder / name).read_bytes() for name in ("a.bin", "b.bin")] == [b"a.bin" * 100, b"b.bin" * 100]

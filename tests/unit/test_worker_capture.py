@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distill_ray.teacher.head import UnknownEngineError
-from distill_ray.teacher.hook import install
+from distill_ray.teacher.hook import CaptureWorker, install
 from distill_ray.teacher.spans import Span, rows_of
 from distill_ray.teacher.store import RowStore
 
@@ -149,3 +149,49 @@ def test_store_places_rows_by_position_and_never_twice() -> None:
     got = np.frombuffer(store.pop(["c", "b"]), np.int32).reshape(-1, 3)
     np.testing.assert_array_equal(got, words[[0, 3, 4, 5, 2]].numpy())
     assert len(store) == 0
+
+
+def _worker(monkeypatch: pytest.MonkeyPatch, model_runner: Any) -> CaptureWorker:
+    """A vLLM worker with this runner, alone in its groups."""
+    from vllm.distributed import parallel_state
+
+    group = SimpleNamespace(is_last_rank=True, is_first_rank=True)
+    monkeypatch.setattr(parallel_state, "get_pp_group", lambda: group)
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
+    worker = CaptureWorker()
+    worker.model_runner = model_runner  # type: ignore[attr-defined]
+    return worker
+
+
+def test_a_name_that_the_engine_lacks_is_a_reason_and_a_mistake_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    class Runner:
+        pass
+
+    Runner.__module__ = "vllm.v1.worker.gpu_model_runner"
+    reason = _worker(monkeypatch, Runner()).capture_install(4, [], 16)
+    assert reason == "AttributeError: 'Runner' object has no attribute 'model_config'"
+    with pytest.raises(AttributeError, match="'RunnerV1' object has no attribute 'model_config'"):
+        _worker(monkeypatch, RunnerV1()).capture_install(4, [], 16)
+
+
+def test_an_engine_that_fails_while_rows_are_fetched_ends_the_process_as_one_that_fails_in_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from distill_ray.teacher.vllm_engine import VllmEngine
+
+    class _EndedError(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise _EndedError(code)
+
+    def fails(*_: Any, **__: Any) -> list[Any]:
+        raise RuntimeError("cancelled")
+
+    monkeypatch.setattr("os._exit", end)
+    engine = object.__new__(VllmEngine)
+    engine._engine = SimpleNamespace(collective_rpc=fails, step=fails)
+    for call in (lambda: engine._fetch([], []), lambda: engine._or_die(engine._engine.step)):
+        with pytest.raises(_EndedError, match="1"):
+            call()
+        assert "RuntimeError: cancelled" in capsys.readouterr().err
