@@ -27,6 +27,7 @@ from distill_ray.schema import Unit, UnitSummary
 from distill_ray.session import died
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher import actor_resources
 
 _TASK_CPUS = 0.25
 """CPUs that a reading or writing task asks for."""
@@ -55,15 +56,13 @@ def iter_captured(
     tokenizer: Any,
     pending: list[Unit],
     engine_factory: EngineFactory,
-    needed: dict[str, float],
 ) -> Iterator[Captured]:
-    """Capture `pending`; each unit once its object is written, in order of completion. A teacher gets the Ray resources
-    `needed`.
+    """Capture `pending`; each unit once its object is written, in order of completion.
 
     Raises DistillError: an error of ours in any stage, as it was raised there; a teacher's process died too often.
     """
     try:
-        rows = _pipeline(recipe, storage, identity, tokenizer, pending, engine_factory, needed)
+        rows = _pipeline(recipe, storage, identity, tokenizer, pending, engine_factory)
         tables: Iterator[Any] = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
         for table in tables:
             for i in range(table.num_rows):
@@ -79,7 +78,6 @@ def _pipeline(
     tokenizer: Any,
     pending: list[Unit],
     engine_factory: EngineFactory,
-    needed: dict[str, float],
 ) -> ray.data.Dataset:
     replicas = recipe.teacher.replicas
     tasks = min(_TASKS_PER_TEACHER * replicas.max, len(pending))
@@ -94,7 +92,7 @@ def _pipeline(
                 partial(
                     _read_row,
                     section=recipe.corpus,
-                    most_tokens=corpus.most_unit_tokens(identity.top_k),
+                    most_tokens=corpus.most_unit_tokens(identity.top_k, identity.draws),
                     tokenizer_ref=[tokenizer_ref],
                 ),
                 num_cpus=_TASK_CPUS,
@@ -110,8 +108,7 @@ def _pipeline(
                     max_tasks_in_flight_per_actor=_QUEUED_PER_TEACHER,
                 ),
                 max_task_retries=_UNIT_RETRIES,
-                num_gpus=needed.get("GPU", 0),
-                num_cpus=needed.get("CPU", 0),
+                **actor_resources(recipe.teacher),
                 **as_is,
             )
             .map_batches(

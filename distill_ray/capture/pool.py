@@ -17,13 +17,12 @@ from distill_ray.schema import Unit, UnitSummary
 from distill_ray.session import died, note_full, on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher import needed_resources
 
 if TYPE_CHECKING:
     from distill_ray.capture.dataset import Captured
 
 _POLL_S = 0.2
-_CPU_TEACHER_CPUS = 0.5
-"""CPUs that a teacher without a GPU asks for; not the tasks' share, or Ray Data would fuse reading into the actor."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,6 @@ class _Pump:
             yield _Failed(error)  # as a value: raised, it would arrive in Ray's wrapping
 
 
-def _teacher_resources(recipe: Recipe) -> dict[str, float]:
-    """Ray resources of one teacher."""
-    # The engine's own processes use the GPUs that Ray gives to the actor.
-    if recipe.teacher.use_gpu:
-        return {"GPU": recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel}
-    return {"CPU": _CPU_TEACHER_CPUS}
-
-
 def summaries(
     recipe: Recipe,
     storage: Storage,
@@ -73,11 +64,10 @@ def summaries(
         StoppedError: `stop` was set; units already yielded are stored.
         DistillError: an error of ours in any stage, as it was raised there; a process died too often.
     """
-    needed = _teacher_resources(recipe)
-    note_full("a teacher", needed, note)
+    note_full("a teacher", needed_resources(recipe.teacher), note)
     pump: Any = ray.remote(_Pump).options(**on_this_node()).remote()
     method = pump.captured.options(num_returns="streaming")
-    stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory, needed)
+    stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory)
     noted: set[str] = set()
     try:
         while True:

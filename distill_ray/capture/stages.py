@@ -18,7 +18,7 @@ import pyarrow as pa
 from distill_ray import corpus, targets
 from distill_ray.config.sections import CorpusSection
 from distill_ray.errors import DistillError, IntegrityError
-from distill_ray.schema import DeadLetter, Sequence, TargetRows, Unit, UnitSummary
+from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, Unit, UnitSummary
 from distill_ray.storage import ConflictError, NotFoundError, Storage, StorageError
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import Engine
@@ -31,9 +31,6 @@ EngineFactory = Callable[[], Engine]
 
 _WRITES = 20
 """Attempts at writing one object that another driver writes too."""
-
-UNKNOWN_RECORD = -1
-"""`DeadLetter.record` of a sequence that the teacher refused: windows no longer know their record."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
         top_k=recipe.capture.top_k,
         temperatures=recipe.capture.temperatures,
         codec=CODEC_VERSION,
+        draws=recipe.capture.draws,
+        draws_from=recipe.capture.draws_from,
+        draws_temperature=recipe.capture.draws_temperature,
     )
 
 
@@ -80,7 +83,7 @@ def run(
     tokenizer = corpus.load_tokenizer(
         stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
     )
-    planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k)
+    planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k, draws=identity.draws)
     units = _of_this_version(recipe, storage, identity, planned)
     factory = engine_factory or partial(
         teacher.open_engine, recipe.teacher, recipe.capture, recipe.corpus.window_tokens

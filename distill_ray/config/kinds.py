@@ -20,7 +20,13 @@ class Kind(Enum):
     PLACEMENT = "placement"
 
 
+class _Silent:
+    """Marks a field that its fingerprint leaves out at the default."""
+
+
 Identity = Annotated[T, Kind.IDENTITY]
+AddedIdentity = Annotated[T, Kind.IDENTITY, _Silent()]
+"""Identity that came later: left out at its default, so that the fingerprints from before it still stand."""
 Placement = Annotated[T, Kind.PLACEMENT]
 Listed = Annotated[T, Field(strict=False)]
 """A tuple, for which TOML has lists; what it holds stays strict."""
@@ -39,6 +45,11 @@ def kind_of(model: type[BaseModel], field: str) -> Kind | None:
     return next((m for m in model.model_fields[field].metadata if isinstance(m, Kind)), None)
 
 
+def _is_silent(section: BaseModel, field: str) -> bool:
+    info = type(section).model_fields[field]
+    return getattr(section, field) == info.default and any(isinstance(m, _Silent) for m in info.metadata)
+
+
 def identity_of(section: BaseModel) -> dict[str, Any]:
     """The identity fields of a section as plain JSON values, nested sections included."""
     found: dict[str, Any] = {}
@@ -46,7 +57,7 @@ def identity_of(section: BaseModel) -> dict[str, Any]:
         value = getattr(section, name)
         if isinstance(value, Section) and kind_of(type(section), name) is None:
             found[name] = identity_of(value)
-        elif kind_of(type(section), name) is Kind.IDENTITY:
+        elif kind_of(type(section), name) is Kind.IDENTITY and not _is_silent(section, name):
             found[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return found
 

@@ -13,7 +13,7 @@ from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.containers import container_of
 from distill_ray.corpus.index import SourceIndex, index_source
 from distill_ray.errors import UserError
-from distill_ray.schema import SourceSlice, Unit
+from distill_ray.schema import DRAW_BYTES, ROW_DRAW_BYTES, SourceSlice, Unit
 from distill_ray.storage import ObjectInfo, Storage, glob_sources
 
 CHUNKING_VERSION = 1
@@ -89,29 +89,34 @@ def _slices(section: CorpusSection, index: SourceIndex, container: str) -> Itera
             yield "lines", start, stop, stop - start
 
 
-def most_unit_tokens(top_k: int) -> int:
-    """Tokens of a unit whose target object is as large as one may be, 1 GiB."""
-    return _MOST_OBJECT_BYTES // (row_bytes(top_k, _LARGE_VOCABULARY) + _SIDE_BYTES)
+def most_unit_tokens(top_k: int, draws: int = 0) -> int:
+    """Tokens of a unit whose target object is as large as one may be, 1 GiB, all `draws` of a row being distinct."""
+    drawn = DRAW_BYTES * draws + ROW_DRAW_BYTES if draws else 0
+    return _MOST_OBJECT_BYTES // (row_bytes(top_k, _LARGE_VOCABULARY) + _SIDE_BYTES + drawn)
 
 
-def most_unit_bytes(section: CorpusSection, top_k: int) -> int:
+def most_unit_bytes(section: CorpusSection, top_k: int, draws: int = 0) -> int:
     """Source bytes of a unit beyond which planning refuses it: ordinary text takes 3 to 5 bytes a token, here 2."""
     fresh = (section.window_tokens - section.window_overlap) / section.window_tokens
-    return int(most_unit_tokens(top_k) * _BYTES_PER_TOKEN * fresh)
+    return int(most_unit_tokens(top_k, draws) * _BYTES_PER_TOKEN * fresh)
 
 
-def check_unit_bytes(section: CorpusSection, top_k: int) -> None:
+def _kept(top_k: int, draws: int) -> str:
+    return f"capture.top_k={top_k}" + (f" and capture.draws={draws}" if draws else "")
+
+
+def check_unit_bytes(section: CorpusSection, top_k: int, draws: int = 0) -> None:
     """Raises UserError where units of the recipe's own size would already be too large."""
-    most = most_unit_bytes(section, top_k)
+    most = most_unit_bytes(section, top_k, draws)
     if section.unit_bytes > most:
         raise UserError(
-            f"corpus.unit_bytes={section.unit_bytes}: with capture.top_k={top_k} a unit's target object might exceed "
-            f"{_MOST_OBJECT_BYTES:,} bytes; use at most {most // _LARGE_GROUP}"
+            f"corpus.unit_bytes={section.unit_bytes}: with {_kept(top_k, draws)} a unit's target object might "
+            f"exceed {_MOST_OBJECT_BYTES:,} bytes; use at most {most // _LARGE_GROUP}"
         )
 
 
-def _check_size(section: CorpusSection, top_k: int, unit: Unit) -> None:
-    most = most_unit_bytes(section, top_k)
+def _check_size(section: CorpusSection, top_k: int, draws: int, unit: Unit) -> None:
+    most = most_unit_bytes(section, top_k, draws)
     if unit.bytes <= most:
         return
     what, remedy = {
@@ -120,8 +125,8 @@ def _check_size(section: CorpusSection, top_k: int, unit: Unit) -> None:
     }.get(unit.source.kind, ("a row is one document", f"use corpus.unit_bytes = {most // _LARGE_GROUP} or split rows"))
     raise UserError(
         f"corpus source {unit.source.uri}: {unit.source.kind} {unit.source.start} to {unit.source.stop} have "
-        f"{unit.bytes:,} bytes, and with capture.top_k={top_k} one unit may have {most:,}, so that its target object "
-        f"stays below {_MOST_OBJECT_BYTES:,} bytes ({what}); {remedy}"
+        f"{unit.bytes:,} bytes, and with {_kept(top_k, draws)} one unit may have {most:,}, so that its target "
+        f"object stays below {_MOST_OBJECT_BYTES:,} bytes ({what}); {remedy}"
     )
 
 
@@ -147,7 +152,7 @@ def _units_of(
 
 
 def plan_units(
-    section: CorpusSection, tokenizer_id: str, cache: Storage | None, *, top_k: int | None = None
+    section: CorpusSection, tokenizer_id: str, cache: Storage | None, *, top_k: int | None = None, draws: int = 0
 ) -> list[Unit]:
     """All units of the corpus, sorted by hash; equal content is one unit with a multiplicity.
 
@@ -156,6 +161,7 @@ def plan_units(
         tokenizer_id: `tokenizer_identity` of the teacher's tokenizer.
         cache: root storage, where one small object per source version keeps its hash and layout; None reads all.
         top_k: K of the capture, which bounds the size of a unit; None: not checked.
+        draws: draws a row, which bound it too.
 
     Raises:
         UserError: a source is missing, damaged, of unknown format or without the needed columns, or nothing is in
@@ -175,7 +181,7 @@ def plan_units(
         check_columns(section, uri, index.columns)
         for unit in _units_of(section, tokenizer_id, uri, sources[uri], index):
             if top_k is not None:
-                _check_size(section, top_k, unit)
+                _check_size(section, top_k, draws, unit)
             known = found.get(unit.hash)
             found[unit.hash] = dataclasses.replace(known, multiplicity=known.multiplicity + 1) if known else unit
     total = sum(unit.bytes for unit in found.values())

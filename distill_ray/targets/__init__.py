@@ -1,9 +1,10 @@
 """Soft targets in storage: one object per corpus unit, an index over them, and a run's manifest of which it uses."""
 
+from distill_ray.targets.draws import decode_draws, offsets_of
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
 from distill_ray.targets.index import append_index, done_units, load_index, target_objects
 from distill_ray.targets.inspect import InspectReport, inspect
-from distill_ray.targets.layout import StoredSequence
+from distill_ray.targets.layout import StoredDraws, StoredSequence
 from distill_ray.targets.manifest import (
     ManifestUnit,
     RunManifest,
@@ -19,16 +20,19 @@ __all__ = [
     "InspectReport",
     "ManifestUnit",
     "RunManifest",
+    "StoredDraws",
     "StoredSequence",
     "UnitReader",
     "UnitTargets",
     "append_index",
     "capture_prefix",
+    "decode_draws",
     "decode_rows",
     "done_units",
     "encode_unit",
     "inspect",
     "load_index",
+    "offsets_of",
     "open_unit",
     "read_run_manifest",
     "read_unit",

@@ -34,6 +34,8 @@ _READERS = 8
 _NAME = re.compile(r"index/(\d{7})-([0-9a-f]{32})\.parquet")
 _UNIT = re.compile(r"([0-9a-f]{32})\.parquet")
 _FINGERPRINT = b"distill_ray_capture"
+_DRAWS = "distinct_draws"
+"""Column that only captures with draws have."""
 
 Report = Callable[[str], None]
 
@@ -53,7 +55,7 @@ def summaries_table(summaries: list[UnitSummary]) -> pa.Table:
         values = np.concatenate([np.empty(0, kind.to_pandas_dtype()), *arrays])
         return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, kind))
 
-    return pa.table(
+    table = pa.table(
         {
             "unit": pa.array([s.unit for s in summaries], pa.string()),
             "lengths": lists([s.lengths for s in summaries], pa.int32()),
@@ -67,6 +69,9 @@ def summaries_table(summaries: list[UnitSummary]) -> pa.Table:
             "entropy": pa.array([s.entropy for s in summaries], pa.bool_()),
         }
     )
+    if not any(s.distinct_draws for s in summaries):
+        return table
+    return table.append_column(_DRAWS, pa.array([s.distinct_draws for s in summaries], pa.int64()))
 
 
 def table_summaries(table: pa.Table) -> list[UnitSummary]:
@@ -76,7 +81,8 @@ def table_summaries(table: pa.Table) -> list[UnitSummary]:
         column = table.column(name).combine_chunks()
         offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
         arrays[name] = [values[a:b] for a, b in pairwise(offsets.tolist())]
-    scalars = ("unit", "object_bytes", "object_sha256", "kept_mass_sum", "dead", "teacher_seconds")
+    scalars = ["unit", "object_bytes", "object_sha256", "kept_mass_sum", "dead", "teacher_seconds"]
+    scalars += [_DRAWS] if _DRAWS in table.column_names else []
     rows = zip(*(table.column(name).to_pylist() for name in scalars), strict=True)
     # Tables written before this column was kept say nothing of it.
     known = "entropy" in table.column_names

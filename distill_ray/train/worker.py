@@ -163,6 +163,7 @@ class _Run:
             cache=open_cache(self.storage, identity, self.plan.units, sharers=self.here, say=self._say),
             temperature=lambda step: self.recipe.loss.temperature_at(step, self.plan.steps),
             student_ids=self.student_ids,
+            draws=self.recipe.loss.needs_draws,
             rank=self.rank,
             world=self.world,
             micro_batch_packs=self.recipe.train.micro_batch_packs,
