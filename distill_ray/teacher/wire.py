@@ -30,8 +30,9 @@ def rows_from_words(words_NW: np.ndarray, top_k: int, temperatures: tuple[float,
     floats_NW = words_NW.view(np.float32)
     rest = 2 * top_k
     return TargetRows(
-        ids_NK=np.ascontiguousarray(words_NW[:, :top_k]),
-        logprobs_NK=np.ascontiguousarray(floats_NW[:, top_k:rest]),
+        # Views: check and codec read rows where they lie.
+        ids_NK=words_NW[:, :top_k],
+        logprobs_NK=floats_NW[:, top_k:rest],
         log_tail_N=floats_NW[:, rest].copy(),
         actual_logprob_N=floats_NW[:, rest + 1].copy(),
         actual_rank_N=words_NW[:, rest + 2].copy(),
