@@ -23,6 +23,7 @@ from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import private_cpus, ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
 from distill_ray.telemetry import Progress, say
+from distill_ray.units import in_sorted
 
 STAGES = tuple(ARTEFACT_OF)
 
@@ -239,5 +240,5 @@ def _new_units(recipe: Recipe, storage: Storage, published: dict[str, dict[str, 
         units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
     except DistillError as error:
         return f"could not look for new corpus units: {error}"  # what is finished needs neither corpus nor teacher
-    new = {u.hash for u in units} - {u.unit for u in manifest.units}
-    return f"{len(new)} corpus unit(s) came after this version; give --version to run on them" if new else ""
+    new = int((~in_sorted(manifest.units.hashes, units.hashes)).sum())
+    return f"{new} corpus unit(s) came after this version; give --version to run on them" if new else ""

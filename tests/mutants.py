@@ -137,7 +137,7 @@ MUTANTS = (
     Mutant(
         "resume numbers files from 0 and overwrites",
         "distill_ray/targets/index.py",
-        'index/{len(entries):07d}-{name}.parquet"',
+        'index/{table.num_rows:07d}-{name}.parquet"',
         'index/{0:07d}-{0:032d}.parquet"',
         UNIT + "test_targets_index.py",
     ),

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from distill_ray import corpus
 from distill_ray.audit.outcome import PATHS, Outcome, document_of, limits, sentence
 from distill_ray.audit.sample import UnitSample, choose, whole
@@ -19,6 +21,7 @@ from distill_ray.schema import Unit
 from distill_ray.storage import Storage
 from distill_ray.targets import RunManifest, unit_key
 from distill_ray.telemetry import Progress
+from distill_ray.units import HASH, places_in
 
 _BATCH_TOKENS = 32_768
 """Tokens scored between two looks at the progress."""
@@ -134,14 +137,14 @@ def _compare(
 def _sources(recipe: Recipe, storage: Storage, manifest: RunManifest, samples: list[UnitSample]) -> dict[str, Unit]:
     """Where the sampled units' sources lie now."""
     planned = corpus.plan_units(recipe.corpus, manifest.identity.tokenizer, storage)
-    units = {u.hash: u for u in planned}
-    gone = [s.unit for s in samples if s.unit.unit not in units]
+    place, found = places_in(planned.hashes, np.array([s.unit.unit for s in samples], HASH))
+    gone = [s.unit for s, there in zip(samples, found, strict=True) if not there]
     if gone:
         raise UserError(
             f"{len(gone)} of the {len(samples)} units to audit are no longer in the corpus (one: of {gone[0].source}); "
             "restore those sources, or set audit.sequences = 0 to train unaudited"
         )
-    return units
+    return {s.unit.unit: planned[at] for s, at in zip(samples, place.tolist(), strict=True)}
 
 
 def _batches(sample: UnitSample) -> Iterator[tuple[int, ...]]:

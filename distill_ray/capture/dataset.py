@@ -23,11 +23,12 @@ from distill_ray import corpus
 from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, to_row, write
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError
-from distill_ray.schema import Unit, UnitSummary
+from distill_ray.schema import UnitSummary
 from distill_ray.session import died
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import actor_resources
+from distill_ray.units import Units, unit_of
 
 _TASK_CPUS = 0.25
 """CPUs that a reading or writing task asks for."""
@@ -54,7 +55,7 @@ def iter_captured(
     storage: Storage,
     identity: CaptureIdentity,
     tokenizer: Any,
-    pending: list[Unit],
+    pending: Units,
     engine_factory: EngineFactory,
 ) -> Iterator[Captured]:
     """Capture `pending`; each unit once its object is written, in order of completion.
@@ -76,17 +77,17 @@ def _pipeline(
     storage: Storage,
     identity: CaptureIdentity,
     tokenizer: Any,
-    pending: list[Unit],
+    pending: Units,
     engine_factory: EngineFactory,
 ) -> ray.data.Dataset:
     replicas = recipe.teacher.replicas
     tasks = min(_TASKS_PER_TEACHER * replicas.max, len(pending))
     # The tokenizer travels as an object: a machine that only tokenises need not stage the teacher's weights.
     tokenizer_ref = ray.put(tokenizer)
-    table = pa.concat_tables([to_row(unit) for unit in pending])
     as_is: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     with _unit_sized_blocks():
-        units = ray.data.from_arrow(table, override_num_blocks=min(len(pending), _MOST_BLOCKS))
+        refs: list[Any] = [ray.put(block) for block in blocks(pending)]
+        units = ray.data.from_arrow_refs(refs)
         return (
             units.map_batches(
                 partial(
@@ -120,6 +121,13 @@ def _pipeline(
         )
 
 
+def blocks(pending: Units) -> Iterator[pa.Table]:
+    """The pipeline's input: tables of one row a unit, at most 10,000 of them, made one after the other."""
+    step = -(-len(pending) // _MOST_BLOCKS)
+    for start in range(0, len(pending), step):
+        yield pending[start : start + step].table()
+
+
 @contextmanager
 def _unit_sized_blocks() -> Iterator[None]:
     """Every row becomes a block of its own, so that a finished unit never waits for a block to fill.
@@ -144,7 +152,7 @@ def _tokenizer(ref: ray.ObjectRef) -> Any:
 
 
 def _read_row(table: pa.Table, section: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]) -> pa.Table:
-    return to_row(read(from_row(table), section, _tokenizer(tokenizer_ref[0]), most_tokens))
+    return to_row(read(unit_of(table), section, _tokenizer(tokenizer_ref[0]), most_tokens))
 
 
 def _write_row(table: pa.Table, storage: Storage, identity: CaptureIdentity) -> pa.Table:

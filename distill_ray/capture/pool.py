@@ -13,11 +13,12 @@ from ray.exceptions import RayActorError
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
-from distill_ray.schema import Unit, UnitSummary
+from distill_ray.schema import UnitSummary
 from distill_ray.session import died, note_full, on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import needed_resources
+from distill_ray.units import Units
 
 if TYPE_CHECKING:
     from distill_ray.capture.dataset import Captured
@@ -51,7 +52,7 @@ def summaries(
     storage: Storage,
     identity: CaptureIdentity,
     tokenizer: Any,
-    pending: list[Unit],
+    pending: Units,
     engine_factory: EngineFactory,
     stop: threading.Event,
     note: Callable[[str], None] = lambda _: None,

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from distill_ray import corpus, targets
@@ -131,8 +130,3 @@ class Teacher:
         if self._refused is not None:
             raise self._refused
         return to_row(teach(self._engine, from_row(table)))
-
-
-def sequence_count(summaries: list[UnitSummary]) -> int:
-    """Sequences of all the units together."""
-    return int(np.sum([len(s.lengths) for s in summaries], dtype=np.int64))

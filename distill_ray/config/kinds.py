@@ -67,5 +67,9 @@ def fingerprint(identity: dict[str, Any]) -> str:
 
     Defaults count by value: a field left out and a field stated at its default give the same fingerprint.
     """
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:32]
+
+
+def canonical_json(identity: dict[str, Any]) -> str:
+    """The ASCII text whose SHA-256 a fingerprint is."""
+    return json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

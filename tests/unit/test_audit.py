@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_ray import targets
+from distill_ray import corpus, targets
 from distill_ray.audit.dense import rows_from_dense
 from distill_ray.audit.rows import RowFigures, compare_rows
-from distill_ray.audit.sample import choose, whole
+from distill_ray.audit.sample import UnitSample, choose, whole
 from distill_ray.audit.source import check_alignment, compare_source
 from distill_ray.audit.tolerance import tolerance_of
+from distill_ray.audit.verb import _sources
 from distill_ray.codec import encode, unrounded, unrounded_half, unrounded_log
+from distill_ray.config import parse_recipe
 from distill_ray.errors import UserError
 from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, UnitSummary
+from distill_ray.storage import open_storage
 from distill_ray.targets import ManifestUnit, RunManifest, StoredSequence
 from tests.unit.targets_fakes import exact_rows, identity, log_softmax, unit
 
@@ -376,9 +380,10 @@ def _manifest(counts: list[int]) -> RunManifest:
 def test_a_sample_is_spread_over_units_and_is_the_same_for_the_same_seed() -> None:
     manifest = _manifest([5, 0, 1, 40, 3])
     first = choose(manifest, "seed", 8)
-    assert choose(manifest, "seed", 8) == first
-    assert choose(manifest, "another", 8) != first
-    counts = {s.unit.unit: len(s.sequences) for s in first}
+    chosen = {s.unit.unit: s.sequences for s in first}
+    assert {s.unit.unit: s.sequences for s in choose(manifest, "seed", 8)} == chosen
+    assert {s.unit.unit: s.sequences for s in choose(manifest, "another", 8)} != chosen
+    counts = {unit: len(sequences) for unit, sequences in chosen.items()}
     assert sum(counts.values()) == 8
     assert len(counts) == 4
     assert max(counts.values()) <= 3
@@ -396,3 +401,33 @@ def test_more_than_there_are_is_all_of_them_and_named_units_are_taken_whole() ->
     assert len(whole(manifest, [name, name])) == 1
     with pytest.raises(UserError, match="uses no unit abc"):
         whole(manifest, [name, "abc"])
+
+
+def test_the_sources_of_sampled_units_are_found_in_the_plan_and_lost_ones_named(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jsonl").write_text(f'{{"text": "{i}"}}\n')
+    storage = open_storage(str(tmp_path / "root"))
+    recipe = parse_recipe(
+        {
+            "name": "tiny",
+            "storage": {"root": storage.uri},
+            "corpus": {"sources": [f"{tmp_path}/*.jsonl"]},
+            "teacher": {"model": "/teacher"},
+            "student": {"teacher_layers": [0]},
+        }
+    )
+    planned = list(corpus.plan_units(recipe.corpus, OF.tokenizer, None))
+    one = np.ones(1, np.int32)
+    samples = [
+        UnitSample(
+            ManifestUnit(UnitSummary(u.hash, one, one, one.astype(np.uint64), 1, "", 0.0, 0, 0.0), 1, u.source.uri),
+            (0,),
+        )
+        for u in (planned[2], planned[0])
+    ]
+    manifest = RunManifest(OF, tuple(s.unit for s in samples))
+    found = _sources(recipe, storage, manifest, samples)
+    assert found == {u.hash: u for u in (planned[0], planned[2])}
+    Path(planned[2].source.uri).unlink()
+    with pytest.raises(UserError, match=rf"1 of the 2 units .* \(one: of {planned[2].source.uri}\)"):
+        _sources(recipe, storage, manifest, samples)
