@@ -76,13 +76,14 @@ def describe_room(needed: Mapping[str, float]) -> str:
     return f"needs {wanted}; the cluster has {has}"
 
 
-def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None]) -> None:
+def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None], stop: threading.Event) -> None:
     """Say so where the cluster has had no room for some seconds: Ray by itself would wait silently, for ever.
 
     Args:
         what: the thing that is about to be started.
         needed: its Ray resources.
         note: takes the sentence.
+        stop: ends the wait when set.
     """
     import ray
 
@@ -91,7 +92,19 @@ def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None
         if time.monotonic() - since > _SAY_FULL_S:
             note(f"waiting for resources: {what} {describe_room(needed)}")
             return
-        time.sleep(0.2)
+        if stop.wait(0.2):
+            return
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether Ray lost a process or its node, and not an error that was raised inside one."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+    # What Ray's memory monitor kills, actor or task, ends with an OutOfMemoryError, which is a class of its own. An
+    # actor whose constructor raised counts as dead to Ray.
+    if isinstance(error, RayActorError):
+        return not error.actor_init_failed
+    return isinstance(error, OutOfMemoryError | WorkerCrashedError | NodeDiedError)
 
 
 def died(what: str, error: BaseException) -> DistillError:
@@ -101,10 +114,12 @@ def died(what: str, error: BaseException) -> DistillError:
         what: a clause that names it.
         error: as Ray raised it.
     """
+    # Ray's account of an out-of-memory kill goes on with pages of its object store's counters.
+    account = str(error).partition("Object store memory usage")[0]
     return DistillError(
         f"{what}. Usual causes: out of memory, or a failure whose traceback lies in the log of that process on its "
         "node, under /tmp/ray/session_latest/logs. What is finished is kept, the same command goes on from there. "
-        "Ray says: " + " ".join(str(error).split())
+        "Ray says: " + " ".join(account.split())
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
@@ -24,7 +24,7 @@ from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, t
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError
 from distill_ray.schema import Unit, UnitSummary
-from distill_ray.session import died
+from distill_ray.session import died, is_death
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 
@@ -164,7 +164,11 @@ def _own_error(error: BaseException) -> BaseException:
             inner = inner.cause  # type: ignore[attr-defined]
         if isinstance(inner, DistillError):
             return inner
-        if isinstance(inner, RayActorError | WorkerCrashedError):
-            return died(f"a capture process died, and {_UNIT_RETRIES} retries of its unit did not help", inner)
+        if isinstance(inner, RayActorError) and inner.actor_init_failed:
+            return DistillError(f"a teacher could not be started; what is finished is kept. {inner}")
+        if inner and is_death(inner):
+            # A task's retries are Ray's own affair; only a teacher's are ours to count.
+            retries = f"{_UNIT_RETRIES} retries" if isinstance(inner, RayActorError) else "retries"
+            return died(f"a capture process died, and {retries} of its unit did not help", inner)
         inner = inner and (inner.__cause__ or inner.__context__)
     return error

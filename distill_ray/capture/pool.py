@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.schema import Unit, UnitSummary
-from distill_ray.session import died, note_full, on_this_node
+from distill_ray.session import died, is_death, note_full, on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 
@@ -74,7 +74,7 @@ def summaries(
         DistillError: an error of ours in any stage, as it was raised there; a process died too often.
     """
     needed = _teacher_resources(recipe)
-    note_full("a teacher", needed, note)
+    note_full("a teacher", needed, note, stop)
     pump: Any = ray.remote(_Pump).options(**on_this_node()).remote()
     method = pump.captured.options(num_returns="streaming")
     stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory, needed)
@@ -89,7 +89,9 @@ def summaries(
                 found: Any = ray.get(next(stream))
             except StopIteration:
                 return
-            except RayActorError as error:
+            except RayError as error:
+                if not is_death(error):
+                    raise
                 raise died("the process that directs the capture died", error) from error
             if isinstance(found, _Failed):
                 raise found.error
