@@ -98,6 +98,7 @@ def test_evaluation_on_a_gpu_also_waits_for_its_cpu(monkeypatch: pytest.MonkeyPa
 
     _cluster(monkeypatch, {"GPU": 8.0})
     monkeypatch.setattr(session, "_SAY_FULL_S", 0.1)
+    monkeypatch.setattr(ray, "remote", lambda _: pytest.fail("started without a word"))
     job: Any = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(use_gpu=True)))
     shown: Any = SimpleNamespace(note=say)
     with pytest.raises(_SaidError, match=r"evaluation needs 1 CPU and 1 GPU; the cluster has 16 CPU \(0 free\)"):
