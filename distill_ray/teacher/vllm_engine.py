@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from distill_ray.teacher.flat import rows_from_flat
 from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment
 from distill_ray.teacher.wire import row_words, rows_from_words
 
+T = TypeVar("T")
 _WAVES_IN_FLIGHT = 4
 """Scheduler steps' worth of tokens queued at once: enough to keep the engine busy, and it bounds the Python lists of
 the finished requests, which take over 100 bytes an entry."""
@@ -147,7 +148,8 @@ class VllmEngine:
         from vllm.inputs.engine import tokens_input
 
         name = f"s{next(self._request)}"
-        return name, self._engine.add_request(name, tokens_input(tokens.tolist()), self._params)
+        add = partial(self._engine.add_request, name, tokens_input(tokens.tolist()), self._params)
+        return name, self._or_die(add)
 
     def _fetch(
         self, finished: list[tuple[int, str]], sequences: list[np.ndarray]
@@ -169,7 +171,7 @@ class VllmEngine:
             for (i, _), part in zip(finished, parts, strict=True)
         ]
 
-    def _or_die(self, call: Callable[[], list[Any]]) -> list[Any]:
+    def _or_die(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception:  # noqa: BLE001
