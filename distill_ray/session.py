@@ -129,7 +129,10 @@ def on_this_node() -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = ray.get_runtime_context().get_node_id()
-    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    options = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    # Settings of Ray Data and Ray Train that the user gave to the command are read where these run.
+    env = {name: value for name, value in os.environ.items() if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))}
+    return options | ({"runtime_env": {"env_vars": env}} if env else {})
 
 
 def _connect(where: str | None, num_cpus: int | None) -> None:
