@@ -144,7 +144,7 @@ def test_a_signal_stops_cleanly_and_says_how_to_resume(stage: str, number: int, 
 
 def test_two_drivers_at_once_one_works_and_one_refuses(tmp_path: Path):
     job = Job(tmp_path, str(tmp_path / "root"), epochs=1)
-    first, second = job.start(), job.start()
+    first, second = job.start(command="capture"), job.start(command="capture")
     codes = sorted([first.wait(300), second.wait(300)])
     assert codes == [0, 2], first.stderr + second.stderr
     refused = first if first.poll() == 2 else second
