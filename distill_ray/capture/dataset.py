@@ -163,6 +163,8 @@ def _own_error(error: BaseException) -> BaseException:
             # Ray's wrapper may be of both classes; what was raised in the worker is inside.
             inner = inner.cause  # type: ignore[attr-defined]
         if isinstance(inner, DistillError):
+            # Ray Data adds advice on settings of its own, which would not help here.
+            inner.args = (str(inner).partition("\nFailed to apply UDF transform")[0],)
             return inner
         if isinstance(inner, RayActorError) and inner.actor_init_failed:
             return DistillError(f"a teacher could not be started; what is finished is kept. {inner}")

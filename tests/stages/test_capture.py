@@ -283,7 +283,7 @@ def test_a_source_that_changes_under_capture_is_the_users_error(tmp_path: Path) 
     stream = pool.summaries(
         recipe, open_storage(recipe.storage.root), identity, tokenizer, units, ShortTeacher, threading.Event()
     )
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"^[^\n]*a\.jsonl[^\n]*$"):
         list(stream)
 
 
