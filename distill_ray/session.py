@@ -42,7 +42,7 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
 
     Args:
         address: `local` or None without RAY_ADDRESS starts a private cluster that dies with this process; else a
-            running cluster's address (`auto`, `ray://host:10001`).
+            running cluster's address (`auto`, `host:6379`).
         num_cpus: logical CPUs of the private cluster (`private_cpus`).
 
     Raises:
@@ -81,19 +81,28 @@ def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None
 
     Args:
         what: the thing that is about to be started.
-        needed: its Ray resources.
+        needed: its Ray resources; its GPUs must be free on one node.
         note: takes the sentence.
         stop: ends the wait when set.
     """
-    import ray
-
     since = time.monotonic()
-    while (free := ray.available_resources()) and any(free.get(name, 0) < n for name, n in needed.items()):
+    while not _has_room(needed):
         if time.monotonic() - since > _SAY_FULL_S:
             note(f"waiting for resources: {what} {describe_room(needed)}")
             return
         if stop.wait(0.2):
             return
+
+
+def _has_room(needed: Mapping[str, float]) -> bool:
+    import ray
+    from ray._private import state
+
+    free = ray.available_resources()
+    if any(free.get(name, 0) < n for name, n in needed.items()):
+        return False
+    gpus = needed.get("GPU", 0)
+    return gpus <= 1 or any(node.get("GPU", 0) >= gpus for node in state.available_resources_per_node().values())
 
 
 def is_death(error: BaseException) -> bool:
@@ -142,6 +151,11 @@ def _connect(where: str | None, num_cpus: int | None) -> None:
     if where is None:
         cpus = num_cpus or max(4, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **env)
+    elif where.startswith("ray://"):
+        raise UserError(
+            f"{where}: through Ray's client the stages cannot stream their results; run the command on a node of the "
+            "cluster with --address auto, or submit it as a job there"
+        )
     else:
         try:
             ray.init(address=where, **env)

@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
+from distill_ray.capture.pool import TASK_CPUS
 from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, to_row, write
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError
@@ -28,8 +29,6 @@ from distill_ray.session import died, is_death
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 
-_TASK_CPUS = 0.25
-"""CPUs that a reading or writing task asks for."""
 _TASKS_PER_TEACHER = 2
 """Readers, and writers, for each teacher: each is a process with its own tokenizer."""
 _QUEUED_PER_TEACHER = 2
@@ -97,7 +96,7 @@ def _pipeline(
                     most_tokens=corpus.most_unit_tokens(identity.top_k),
                     tokenizer_ref=[tokenizer_ref],
                 ),
-                num_cpus=_TASK_CPUS,
+                num_cpus=TASK_CPUS,
                 compute=ray.data.TaskPoolStrategy(tasks),
                 **as_is,
             )
@@ -116,7 +115,7 @@ def _pipeline(
             )
             .map_batches(
                 partial(_write_row, storage=storage, identity=identity),
-                num_cpus=_TASK_CPUS,
+                num_cpus=TASK_CPUS,
                 compute=ray.data.TaskPoolStrategy(tasks),
                 **as_is,
             )

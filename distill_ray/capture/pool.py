@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from distill_ray.capture.dataset import Captured
 
 _POLL_S = 0.2
+TASK_CPUS = 0.25
+"""CPUs that a reading or writing task asks for."""
 _CPU_TEACHER_CPUS = 0.5
 """CPUs that a teacher without a GPU asks for; not the tasks' share, or Ray Data would fuse reading into the actor."""
 
@@ -74,7 +76,7 @@ def summaries(
         DistillError: an error of ours in any stage, as it was raised there; a process died too often.
     """
     needed = _teacher_resources(recipe)
-    note_full("a teacher", needed, note, stop)
+    note_full("a teacher", {**needed, "CPU": needed.get("CPU", 0) + 2 * TASK_CPUS}, note, stop)
     pump: Any = ray.remote(_Pump).options(**on_this_node()).remote()
     method = pump.captured.options(num_returns="streaming")
     stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory, needed)

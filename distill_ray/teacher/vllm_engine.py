@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
-from distill_ray.errors import CannotCaptureError, IntegrityError
+from distill_ray.errors import CannotCaptureError, DistillError, IntegrityError
 from distill_ray.schema import TargetRows
 from distill_ray.teacher.engine import CapturePath, finite_or_reason, refusal
 from distill_ray.teacher.flat import rows_from_flat
@@ -30,6 +30,7 @@ from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environ
 from distill_ray.teacher.wire import row_words, rows_from_words
 
 T = TypeVar("T")
+_REFUSALS = (DistillError, KeyError, ValueError)
 _WAVES_IN_FLIGHT = 4
 """Scheduler steps' worth of tokens queued at once: enough to keep the engine busy, and it bounds the Python lists of
 the finished requests, which take over 100 bytes an entry."""
@@ -149,14 +150,14 @@ class VllmEngine:
 
         name = f"s{next(self._request)}"
         add = partial(self._engine.add_request, name, tokens_input(tokens.tolist()), self._params)
-        return name, self._or_die(add)
+        return name, self._or_die(add, _REFUSALS)
 
     def _fetch(
         self, finished: list[tuple[int, str]], sequences: list[np.ndarray]
     ) -> list[tuple[int, TargetRows | str]]:
         """All their rows in one call, as bytes."""
         names = [name for _, name in finished]
-        answers = self._or_die(partial(self._engine.collective_rpc, "capture_fetch", args=(names,)))
+        answers = self._or_die(partial(self._engine.collective_rpc, "capture_fetch", args=(names,)), _REFUSALS)
         data = b"".join(answers)
         counts = [len(sequences[i]) - 1 for i, _ in finished]
         words = row_words(self._top_k, self._temperatures)
@@ -171,9 +172,11 @@ class VllmEngine:
             for (i, _), part in zip(finished, parts, strict=True)
         ]
 
-    def _or_die(self, call: Callable[[], T]) -> T:
+    def _or_die(self, call: Callable[[], T], refusals: tuple[type[Exception], ...] = ()) -> T:
         try:
             return call()
+        except refusals:
+            raise  # a guard of ours or vLLM's refused this very request; the engine lives, and would refuse it again
         except Exception:  # noqa: BLE001
             # EngineDeadError when the engine is a process of its own; RuntimeError("cancelled") and others when a
             # worker of an engine in this process is gone. Either way its state is lost. An exception would fail the

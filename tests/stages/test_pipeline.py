@@ -115,9 +115,12 @@ def test_a_finished_run_answers_without_its_sources_and_mends_what_is_cheap(done
     shutil.copytree(done.root, copied.root)
     page, latest = Path(copied.root, "runs/tiny/v1/report.html"), Path(copied.root, "models/tiny/latest.json")
     wanted, published = page.read_bytes(), copied.published()
+    for path in copied.unit_objects():
+        path.unlink()
     for file in (page, latest):
         file.write_bytes(b"damaged")
         copied.call()
+    assert copied.unit_objects() == [], "no teacher is paid for to write a page"
     assert page.read_bytes() == wanted
     assert copied.latest()["entry"]["sha256"] == published["export"]["sha256"]
     for path in copied.data.iterdir():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import state
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -22,7 +23,7 @@ from distill_ray import session
 from distill_ray.capture.dataset import _own_error
 from distill_ray.errors import DistillError, UserError
 from distill_ray.evaluate.scoring import score_remotely
-from distill_ray.session import died, is_death, note_full
+from distill_ray.session import died, is_death, note_full, ray_session
 
 OOM = OutOfMemoryError(
     "1 worker(s) were killed due to the node running low on memory. The node was at 2.85GB used / 23.54GB limit\n"
@@ -76,8 +77,10 @@ def test_an_error_raised_inside_a_process_is_no_death() -> None:
     assert not is_death(bug)
 
 
-def _cluster(monkeypatch: pytest.MonkeyPatch, free: dict[str, float]) -> None:
+def _cluster(monkeypatch: pytest.MonkeyPatch, free: dict[str, float], nodes: int = 1) -> None:
+    each = {name: n / nodes for name, n in free.items()}
     monkeypatch.setattr(ray, "available_resources", lambda: free)
+    monkeypatch.setattr(state, "available_resources_per_node", lambda: dict.fromkeys(map(str, range(nodes)), each))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 8.0})
 
 
@@ -87,6 +90,19 @@ def test_a_full_cluster_is_said_once_with_what_it_has(monkeypatch: pytest.Monkey
     said: list[str] = []
     note_full("a teacher", {"GPU": 2}, said.append, threading.Event())
     assert said == ["waiting for resources: a teacher needs 2 GPU; the cluster has 8 GPU (0 free)"]
+
+
+def test_gpus_that_are_free_on_several_nodes_are_no_room_for_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, {"CPU": 16.0, "GPU": 2.0}, nodes=2)
+    monkeypatch.setattr(session, "_SAY_FULL_S", 0.1)
+    said: list[str] = []
+    note_full("a teacher", {"GPU": 2}, said.append, threading.Event())
+    assert said == ["waiting for resources: a teacher needs 2 GPU; the cluster has 8 GPU (2 free)"]
+
+
+def test_the_clients_address_is_refused_with_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"ray://head:10001: .* --address auto"), ray_session("ray://head:10001"):
+        pass
 
 
 def test_evaluation_on_a_gpu_also_waits_for_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,19 @@ def test_an_engine_that_fails_while_rows_are_fetched_ends_the_process_as_one_tha
         assert "RuntimeError: cancelled" in capsys.readouterr().err
 
 
+def test_a_refusal_while_rows_are_fetched_is_raised_and_ends_no_process(monkeypatch: pytest.MonkeyPatch):
+    from distill_ray.teacher.vllm_engine import VllmEngine
+
+    def refuses(*_: Any, **__: Any) -> list[Any]:
+        raise KeyError("rows were never computed")
+
+    monkeypatch.setattr("os._exit", lambda _: pytest.fail("ended the process"))
+    engine = object.__new__(VllmEngine)
+    engine._engine = SimpleNamespace(collective_rpc=refuses)
+    with pytest.raises(KeyError, match="never computed"):
+        engine._fetch([], [])
+
+
 def test_why_the_public_path_is_taken_travels_with_every_unit():
     from distill_ray.capture.stages import ReadUnit, teach
     from distill_ray.schema import SourceSlice, Unit
