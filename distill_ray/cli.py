@@ -194,8 +194,7 @@ def _run(recipe: Recipe, until: str, address: str | None) -> int:
         print(f"model   {result.model_uri}")
     missed = failures(result.report["gate"])
     if missed:
-        print(
-            f"the student missed evaluate.require: {'; '.join(missed)}; it is kept, but not as latest", file=sys.stderr
-        )
+        latest = "it is kept, but not as latest" if until == "export" else "run `distill-ray export` to settle latest"
+        print(f"the student missed evaluate.require: {'; '.join(missed)}; {latest}", file=sys.stderr)
         return 3
     return 0

@@ -1,7 +1,7 @@
 """The published student: a Hugging Face folder with its model card, named by a manifest that is written last.
 
 Each export has a folder of its own under `models/<name>/<version>/`, named by what it is made from: what `latest.json`
-points to is never written over, and goes only after `latest` has moved on.
+points to is written over only to mend it, and goes only after `latest` has moved on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from distill_ray.lease import (
     require_owned,
     store_folder,
 )
-from distill_ray.registry import publish_latest, read_latest, retract_latest, version_order
+from distill_ray.registry import Latest, publish_latest, read_latest, retract_latest, version_order
 from distill_ray.report import failures, model_card, to_bytes
 from distill_ray.storage import Storage
 from distill_ray.student.published import stage_student
@@ -114,10 +115,12 @@ def run(
             entry = _store(recipe, storage, token, folder, wanted, progress) | wanted
         publish(storage, token, "export", entry)
     passed = not failures(report["gate"])
-    reason = _move_latest(recipe, storage, entry, report)
+    model = {"key": entry["key"], "sha256": entry["sha256"], "figures": report["after"]}
+    reason = _move_latest(recipe, storage, token, model, report)
     _remove_others(recipe, storage, token, entry)
     # Published last: a driver killed before this line decides and clears up again when it is run again.
-    publish(storage, token, LATEST, {"export": entry["sha256"], "passed": passed, "reason": reason})
+    decided = {"export": entry["sha256"], "passed": passed, "reason": reason, "model": model}
+    publish(storage, token, LATEST, decided)
     return ExportResult(f"{storage.uri}/{folder_of(entry)}", not reason, reason)
 
 
@@ -163,27 +166,50 @@ def _store(
 
 def _remove_others(recipe: Recipe, storage: Storage, token: LeaseToken, entry: dict[str, Any]) -> None:
     """Everything under this version that is not the published export: older ones, and what a kill left."""
-    require_owned(storage, token)
+    # Listed before the lease is looked at: what a successor writes after that is not in the list.
     for info in list(storage.list(f"{recipe.model_prefix}/")):
         if not info.key.startswith(f"{folder_of(entry)}/"):
+            require_owned(storage, token)
             storage.delete(info.key)
 
 
-def _move_latest(recipe: Recipe, storage: Storage, entry: dict[str, Any], report: dict[str, Any]) -> str:
+def _move_latest(
+    recipe: Recipe, storage: Storage, token: LeaseToken, model: dict[str, Any], report: dict[str, Any]
+) -> str:
     """Why `latest` does not point to this version; empty where it does."""
+    how: dict[str, Any] = {
+        "others": lambda: list(_could_be_latest(storage, recipe.name)),
+        "guard": lambda: require_owned(storage, token),
+    }
     missed = failures(report["gate"])
     if missed:
-        now = retract_latest(storage, recipe.name, recipe.version)
-        latest = "there is no latest" if now is None else f"the latest is {now.version}"
-        return f"the student misses {len(missed)} bound(s): {'; '.join(missed)}; {latest}"
-    wanted = {"key": entry["key"], "sha256": entry["sha256"], "figures": report["after"]}
-    current = publish_latest(storage, recipe.name, recipe.version, wanted)
+        retract_latest(storage, recipe.name, recipe.version, **how)
+        return f"the student misses {len(missed)} bound(s): {'; '.join(missed)}"
+    current = publish_latest(storage, recipe.name, recipe.version, model, **how)
     if current.version == recipe.version:
         return ""
     return (
         f"the latest stays {current.version}, which sorts after {recipe.version} (numbers by value, text before "
         "numbers); give this recipe another name if it is another model"
     )
+
+
+def _could_be_latest(storage: Storage, name: str) -> Iterator[Latest]:
+    """Every version that is whole and kept its bounds, as its own run's record has it."""
+    for info in storage.list(f"runs/{name}/"):
+        version, _, rest = info.key.removeprefix(f"runs/{name}/").partition("/")
+        if rest != "lease.json":
+            continue
+        published = read_published(storage, f"runs/{name}/{version}")
+        decided, entry, report = (published.get(key) for key in (LATEST, "export", "report"))
+        if not (decided and entry and report) or not decided["passed"]:
+            continue
+        if (
+            decided["export"] == entry["sha256"]
+            and entry["report"] == report["sha256"]
+            and _is_whole(storage, entry, {})
+        ):
+            yield Latest(name, version, time.time(), decided["model"])
 
 
 def _latest_moved_away(recipe: Recipe, storage: Storage, entry: dict[str, Any], *, passed: bool) -> str | None:

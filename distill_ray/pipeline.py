@@ -211,6 +211,8 @@ def _needs_targets(recipe: Recipe, storage: Storage, published: dict[str, dict[s
     return any(
         ARTEFACT_OF[stage] not in published or _undone(stage, recipe, storage, published, until) is not None
         for stage in ("train", "evaluate", *(("audit",) if until == "audit" else ()))
+        # Judging figures again needs no target, and must not pay for a teacher where the targets were cleared away.
+        if not (stage == "evaluate" and evaluate.only_bounds_changed(recipe, storage, published))
     )
 
 
@@ -239,6 +241,6 @@ def _new_units(recipe: Recipe, storage: Storage, published: dict[str, dict[str, 
         )
         units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
     except DistillError as error:
-        return f"could not look for new corpus units: {error}"  # what is finished needs neither corpus nor teacher
+        return f"could not look for new corpus units: {error}"  # what is finished needs no corpus
     new = int((~in_sorted(manifest.units.hashes, units.hashes)).sum())
     return f"{new} corpus unit(s) came after this version; give --version to run on them" if new else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill_ray.errors import IntegrityError
@@ -26,52 +25,67 @@ class Latest:
     """Unix seconds."""
     entry: dict[str, Any]
     """What export says of the model: key, checksum, figures."""
-    previous: dict[str, Any] | None = None
-    """The fields of the record that another version had here before, without its own previous one."""
 
 
-def publish_latest(storage: Storage, name: str, version: str, entry: dict[str, Any]) -> Latest:
+def publish_latest(
+    storage: Storage,
+    name: str,
+    version: str,
+    entry: dict[str, Any],
+    *,
+    others: Callable[[], Iterable[Latest]] = tuple,
+    guard: Callable[[], None] = lambda: None,
+) -> Latest:
     """Make `version` the latest of model `name`, unless a newer version is already; returns the record in force.
 
     Versions are compared as `version_order` says, so that last week's run, ended late, does not take this week's
-    place. The same version may be published again. A damaged record names no version and is replaced.
+    place. The same version may be published again.
+
+    Args:
+        storage: of the models.
+        name: of the model.
+        version: to publish.
+        entry: what the record says of it.
+        others: gives the other versions that could be the latest; asked where the record is missing or damaged.
+        guard: raises where the caller may not publish any more; called between reading and writing the record.
 
     Raises StorageError.
     """
     wanted = Latest(name, version, time.time(), entry)
 
     def move(current: Latest | None) -> Latest:
+        current = current or _newest(others())
         if current is None:
             return wanted
-        if version_order(current.version) > version_order(version):
-            return current
-        if (current.version, current.entry) == (version, entry):
-            return current
-        if current.version == version:
-            return replace(wanted, previous=current.previous)
-        return replace(wanted, previous={**asdict(current), "previous": None})
+        newer = version_order(current.version) > version_order(version)
+        return current if newer or (current.version, current.entry) == (version, entry) else wanted
 
-    found = _swap(storage, name, move)
+    found = _swap(storage, name, move, guard)
     assert found is not None
     return found
 
 
-def retract_latest(storage: Storage, name: str, version: str) -> Latest | None:
-    """Take `version` back as the latest of model `name`; returns what is the latest now.
+def retract_latest(
+    storage: Storage,
+    name: str,
+    version: str,
+    *,
+    others: Callable[[], Iterable[Latest]] = tuple,
+    guard: Callable[[], None] = lambda: None,
+) -> Latest | None:
+    """Take `version` back as the latest of model `name`; returns the latest now: the newest of `others`, if any.
 
-    That is the version before it, where its folder's manifest still stands, else none. Where another version is the
-    latest already, it stays.
+    Where another version is the latest already, it stays. Arguments as for `publish_latest`.
 
     Raises StorageError.
     """
 
     def move(current: Latest | None) -> Latest | None:
-        if current is None or current.version != version:
+        if current is not None and current.version != version:
             return current
-        before = None if current.previous is None else Latest(**current.previous)
-        return before if before is not None and _stands(storage, before.entry) else None
+        return _newest(other for other in others() if other.version != version)
 
-    return _swap(storage, name, move)
+    return _swap(storage, name, move, guard)
 
 
 def read_latest(storage: Storage, name: str) -> Latest | None:
@@ -93,13 +107,18 @@ def _key(name: str) -> str:
     return f"models/{name}/latest.json"
 
 
-def _swap(storage: Storage, name: str, move: Callable[[Latest | None], Latest | None]) -> Latest | None:
+def _newest(found: Iterable[Latest]) -> Latest | None:
+    return max(found, key=lambda each: version_order(each.version), default=None)
+
+
+def _swap(
+    storage: Storage, name: str, move: Callable[[Latest | None], Latest | None], guard: Callable[[], None]
+) -> Latest | None:
     """Replace the record by what `move` makes of it; no write where that is the record itself."""
     for _ in range(_CONFLICTS):
         data, at = _read(storage, name)
         try:
-            current = _parse(storage, name, data)
-            damaged = False
+            current, damaged = _parse(storage, name, data), False
         except IntegrityError:
             current, damaged = None, True
         wanted = move(current)
@@ -107,6 +126,8 @@ def _swap(storage: Storage, name: str, move: Callable[[Latest | None], Latest | 
             return wanted
         # A record is never deleted: storage has no conditional delete, and a newer version could be lost.
         fields = {"name": name, "version": None, "published_at": time.time()} if wanted is None else asdict(wanted)
+        # After the read: whoever takes over from now on finds another record, or writes after this one.
+        guard()
         try:
             storage.put_if(_key(name), json.dumps(fields, indent=1, sort_keys=True).encode(), at)
             return wanted
@@ -129,23 +150,9 @@ def _parse(storage: Storage, name: str, data: bytes | None) -> Latest | None:
         fields = json.loads(data)
         if fields["version"] is None:
             return None
-        previous = fields.get("previous")
-        return Latest(
-            str(fields["name"]),
-            str(fields["version"]),
-            float(fields["published_at"]),
-            dict(fields["entry"]),
-            None if previous is None else dict(previous),
-        )
+        return Latest(str(fields["name"]), str(fields["version"]), float(fields["published_at"]), dict(fields["entry"]))
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"{storage.uri}/{_key(name)} ({len(data)} bytes) is no registry record: {error}; `distill-ray run` of the "
             "newest version writes it anew"
         ) from error
-
-
-def _stands(storage: Storage, entry: dict[str, Any]) -> bool:
-    try:
-        return hashlib.sha256(storage.get(entry["key"])).hexdigest() == entry["sha256"]
-    except (NotFoundError, KeyError):
-        return False

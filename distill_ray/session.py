@@ -42,7 +42,7 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
 
     Args:
         address: `local` or None without RAY_ADDRESS starts a private cluster that dies with this process; else a
-            running cluster's address (`auto`, `ray://host:10001`).
+            running cluster's address (`auto`, `host:6379`).
         num_cpus: logical CPUs of the private cluster (`private_cpus`).
 
     Raises:
@@ -76,22 +76,44 @@ def describe_room(needed: Mapping[str, float]) -> str:
     return f"needs {wanted}; the cluster has {has}"
 
 
-def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None]) -> None:
+def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None], stop: threading.Event) -> None:
     """Say so where the cluster has had no room for some seconds: Ray by itself would wait silently, for ever.
 
     Args:
         what: the thing that is about to be started.
-        needed: its Ray resources.
+        needed: its Ray resources; its GPUs must be free on one node.
         note: takes the sentence.
+        stop: ends the wait when set.
     """
-    import ray
-
     since = time.monotonic()
-    while (free := ray.available_resources()) and any(free.get(name, 0) < n for name, n in needed.items()):
+    while not _has_room(needed):
         if time.monotonic() - since > _SAY_FULL_S:
             note(f"waiting for resources: {what} {describe_room(needed)}")
             return
-        time.sleep(0.2)
+        if stop.wait(0.2):
+            return
+
+
+def _has_room(needed: Mapping[str, float]) -> bool:
+    import ray
+    from ray._private import state
+
+    free = ray.available_resources()
+    if any(free.get(name, 0) < n for name, n in needed.items()):
+        return False
+    gpus = needed.get("GPU", 0)
+    return gpus <= 1 or any(node.get("GPU", 0) >= gpus for node in state.available_resources_per_node().values())
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether Ray lost a process or its node, and not an error that was raised inside one."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+    # What Ray's memory monitor kills, actor or task, ends with an OutOfMemoryError, which is a class of its own. An
+    # actor whose constructor raised counts as dead to Ray.
+    if isinstance(error, RayActorError):
+        return not error.actor_init_failed
+    return isinstance(error, OutOfMemoryError | WorkerCrashedError | NodeDiedError)
 
 
 def died(what: str, error: BaseException) -> DistillError:
@@ -101,10 +123,12 @@ def died(what: str, error: BaseException) -> DistillError:
         what: a clause that names it.
         error: as Ray raised it.
     """
+    # Ray's account of an out-of-memory kill goes on with pages of its object store's counters.
+    account = str(error).partition("Object store memory usage")[0]
     return DistillError(
         f"{what}. Usual causes: out of memory, or a failure whose traceback lies in the log of that process on its "
         "node, under /tmp/ray/session_latest/logs. What is finished is kept, the same command goes on from there. "
-        "Ray says: " + " ".join(str(error).split())
+        "Ray says: " + " ".join(account.split())
     )
 
 
@@ -114,7 +138,10 @@ def on_this_node() -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = ray.get_runtime_context().get_node_id()
-    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    options = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    # Settings of Ray Data and Ray Train that the user gave to the command are read where these run.
+    env = {name: value for name, value in os.environ.items() if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))}
+    return options | ({"runtime_env": {"env_vars": env}} if env else {})
 
 
 def _connect(where: str | None, num_cpus: int | None) -> None:
@@ -124,6 +151,11 @@ def _connect(where: str | None, num_cpus: int | None) -> None:
     if where is None:
         cpus = num_cpus or max(4, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **env)
+    elif where.startswith("ray://"):
+        raise UserError(
+            f"{where}: through Ray's client the stages cannot stream their results; run the command on a node of the "
+            "cluster with --address auto, or submit it as a job there"
+        )
     else:
         try:
             ray.init(address=where, **env)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distill_ray.config import Recipe
+from distill_ray.errors import IntegrityError
 from distill_ray.lease import is_live, read_record
+from distill_ray.registry import read_latest
 from distill_ray.schema import ARTEFACT_OF
-from distill_ray.storage import open_storage
+from distill_ray.storage import Storage, open_storage
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Status:
     """Finished stage → its published entry."""
     next_stage: str | None
     checkpoint_step: int | None
-    not_latest: str = ""
-    """Why `latest.json` was not moved to this version."""
+    latest: str = ""
+    """Where the run is exported: what `latest.json` names now, and why not this version."""
     audited: bool = True
     """Whether the recipe has its targets audited before training."""
     other_versions: tuple[str, ...] = ()
@@ -40,9 +43,7 @@ class Status:
             if stage == "audit":
                 lines.append(f"  {stage:<9} {self._audit()}")
             elif stage in self.done:
-                lines.append(
-                    f"  {stage:<9} done" + (f"; {self.not_latest}" if stage == "export" and self.not_latest else "")
-                )
+                lines.append(f"  {stage:<9} done" + (f"; {self.latest}" if stage == "export" and self.latest else ""))
             elif stage == "train" and self.checkpoint_step is not None:
                 lines.append(f"  {stage:<9} last checkpoint at step {self.checkpoint_step}")
             else:
@@ -83,13 +84,16 @@ def status(recipe: Recipe) -> Status:
     owner = f"{record.owner} (epoch {record.epoch})" if is_live(record) else None
     wanted = [s for s in ARTEFACT_OF if s != "audit" or (recipe.audit.is_on and "train" not in done)]
     following = next((s for s in wanted if s not in done), None)
-    return Status(
-        run,
-        owner,
-        True,
-        done,
-        following,
-        max(steps, default=None),
-        record.published.get("latest", {}).get("reason", ""),
-        recipe.audit.is_on,
-    )
+    latest = _latest(recipe, storage, record.published) if "export" in done else ""
+    return Status(run, owner, True, done, following, max(steps, default=None), latest, recipe.audit.is_on)
+
+
+def _latest(recipe: Recipe, storage: Storage, published: Mapping[str, Mapping[str, Any]]) -> str:
+    try:
+        current = read_latest(storage, recipe.name)
+    except IntegrityError:
+        return "latest.json is damaged; the same command as for this run writes it anew"
+    if current is not None and current.version == recipe.version:
+        return "it is the latest"
+    reason = published.get("latest", {}).get("reason")
+    return (f"the latest is {current.version}" if current else "there is no latest") + (f": {reason}" if reason else "")

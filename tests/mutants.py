@@ -208,11 +208,18 @@ MUTANTS = (
         UNIT + "test_student_ranks.py::test_two_uneven_ranks_step_as_one_process_does",
     ),
     Mutant(
-        "logit scale ignored by the head",
+        "logit scale ignored by the loss",
+        "distill_ray/losses/tiles.py",
+        "            self._hidden_nD = self._hidden_nD * self._in.logit_scale\n",
+        "            pass\n",
+        UNIT + "test_losses_head.py::test_values_and_gradients_equal_the_plain_head",
+    ),
+    Mutant(
+        "logit scale ignored by the figures",
         "distill_ray/losses/head.py",
         "        logits_NV = logits_NV * logit_scale\n",
         "        pass\n",
-        UNIT + "test_losses_head.py::test_values_and_gradients_equal_the_plain_head",
+        UNIT + "test_student.py::test_packed_hidden_states_and_head_give_each_documents_own_logits",
     ),
     Mutant(
         "logit scale of the model ignored",

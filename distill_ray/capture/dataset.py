@@ -16,22 +16,21 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
+from distill_ray.capture.pool import TASK_CPUS
 from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, to_row, write
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError
 from distill_ray.schema import UnitSummary
-from distill_ray.session import died
+from distill_ray.session import died, is_death
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import actor_resources
 from distill_ray.units import Units, unit_of
 
-_TASK_CPUS = 0.25
-"""CPUs that a reading or writing task asks for."""
 _TASKS_PER_TEACHER = 2
 """Readers, and writers, for each teacher: each is a process with its own tokenizer."""
 _QUEUED_PER_TEACHER = 2
@@ -96,7 +95,7 @@ def _pipeline(
                     most_tokens=corpus.most_unit_tokens(identity.top_k, identity.draws),
                     tokenizer_ref=[tokenizer_ref],
                 ),
-                num_cpus=_TASK_CPUS,
+                num_cpus=TASK_CPUS,
                 compute=ray.data.TaskPoolStrategy(tasks),
                 **as_is,
             )
@@ -114,7 +113,7 @@ def _pipeline(
             )
             .map_batches(
                 partial(_write_row, storage=storage, identity=identity),
-                num_cpus=_TASK_CPUS,
+                num_cpus=TASK_CPUS,
                 compute=ray.data.TaskPoolStrategy(tasks),
                 **as_is,
             )
@@ -168,8 +167,14 @@ def _own_error(error: BaseException) -> BaseException:
             # Ray's wrapper may be of both classes; what was raised in the worker is inside.
             inner = inner.cause  # type: ignore[attr-defined]
         if isinstance(inner, DistillError):
+            # Ray Data adds advice on settings of its own, which would not help here.
+            inner.args = (str(inner).partition("\nFailed to apply UDF transform")[0],)
             return inner
-        if isinstance(inner, RayActorError | WorkerCrashedError):
-            return died(f"a capture process died, and {_UNIT_RETRIES} retries of its unit did not help", inner)
+        if isinstance(inner, RayActorError) and inner.actor_init_failed:
+            return DistillError(f"a teacher could not be started; what is finished is kept. {inner}")
+        if inner and is_death(inner):
+            # A task's retries are Ray's own affair; only a teacher's are ours to count.
+            retries = f"{_UNIT_RETRIES} retries" if isinstance(inner, RayActorError) else "retries"
+            return died(f"a capture process died, and {retries} of its unit did not help", inner)
         inner = inner and (inner.__cause__ or inner.__context__)
     return error

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.schema import UnitSummary
-from distill_ray.session import died, note_full, on_this_node
+from distill_ray.session import died, is_death, note_full, on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import needed_resources
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from distill_ray.capture.dataset import Captured
 
 _POLL_S = 0.2
+TASK_CPUS = 0.25
+"""CPUs that a reading or writing task asks for."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def summaries(
         StoppedError: `stop` was set; units already yielded are stored.
         DistillError: an error of ours in any stage, as it was raised there; a process died too often.
     """
-    note_full("a teacher", needed_resources(recipe.teacher), note)
+    needed = needed_resources(recipe.teacher)
+    note_full("a teacher", {**needed, "CPU": needed.get("CPU", 0) + 2 * TASK_CPUS}, note, stop)
     pump: Any = ray.remote(_Pump).options(**on_this_node()).remote()
     method = pump.captured.options(num_returns="streaming")
     stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory)
@@ -80,7 +83,9 @@ def summaries(
                 found: Any = ray.get(next(stream))
             except StopIteration:
                 return
-            except RayActorError as error:
+            except RayError as error:
+                if not is_death(error):
+                    raise
                 raise died("the process that directs the capture died", error) from error
             if isinstance(found, _Failed):
                 raise found.error

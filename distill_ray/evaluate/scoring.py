@@ -20,7 +20,7 @@ from distill_ray.config import Recipe
 from distill_ray.config.sections import StudentSection
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.ingest import BatchPlan
-from distill_ray.session import died, note_full
+from distill_ray.session import died, is_death, note_full
 from distill_ray.storage import Storage, stage_folder
 from distill_ray.student.published import stage_student
 from distill_ray.telemetry import Progress
@@ -56,12 +56,12 @@ def score_remotely(job: ScoringJob, shown: Progress, stop: threading.Event) -> r
         DistillError: an error of ours in the task, as it was raised there; its process died too often.
     """
     import ray
-    from ray.exceptions import NodeDiedError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import RayError, RayTaskError
 
     # A streaming task tells its progress while it runs and needs no actor to do so.
-    use_gpu = job.recipe.train.use_gpu
-    note_full("evaluation", {"GPU": 1} if use_gpu else {"CPU": 1}, shown.note)
-    task = ray.remote(_score).options(num_returns="streaming", num_cpus=1, num_gpus=1 if use_gpu else 0)
+    needed = {"CPU": 1, "GPU": 1} if job.recipe.train.use_gpu else {"CPU": 1}
+    note_full("evaluation", needed, shown.note, stop)
+    task = ray.remote(_score).options(num_returns="streaming", num_cpus=needed["CPU"], num_gpus=needed.get("GPU", 0))
     stream: Any = task.remote(job)
     while True:
         ready, _ = ray.wait([stream], timeout=_POLL_S, fetch_local=False)
@@ -77,7 +77,9 @@ def score_remotely(job: ScoringJob, shown: Progress, stop: threading.Event) -> r
             if isinstance(error.cause, DistillError):
                 raise error.cause from error
             raise
-        except (WorkerCrashedError, NodeDiedError) as error:
+        except RayError as error:
+            if not is_death(error):
+                raise
             raise died("the process that scores the students died", error) from error
         if isinstance(item, reports.Evaluation):
             return item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def is_weights(key: str) -> bool:
     return any(fnmatchcase(key.rpartition("/")[2], pattern) for pattern in WEIGHT_FILES)
 
 
-def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -> Path:
+def stage_folder(
+    uri: str, cache: Path | None = None, *, weights: bool = True, expect: Mapping[str, str] | None = None
+) -> Path:
     """A local folder with the objects under `uri`.
 
     A local folder is given back as it is. An `s3://` one is downloaded once per content into a folder of the user's
@@ -37,6 +40,7 @@ def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -
     Args:
         uri: folder.
         cache: where to keep downloads; by default `$XDG_CACHE_HOME` (or `~/.cache`) `/distill_ray/staged`.
+        expect: SHA-256 of files by name; what differs in a downloaded copy is fetched again.
         weights: False leaves a model's weights where they are: its configuration and tokenizer are a few megabytes.
 
     Raises UserError if the folder is missing or empty, StorageError if the store refuses or the disk lacks room (found
@@ -64,11 +68,15 @@ def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -
     def whole() -> bool:
         return marker.exists() and all(is_there(folder / o.key, o.size) for o in objects)
 
-    if whole():
+    if whole() and not expect:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / f".lock-{name}", _DOWNLOAD_S):
+            # Hashed under the lock: another process may have mended the copy since, and reads it now.
+            for file, digest in (expect or {}).items():
+                if (folder / file).exists() and _sha256(folder / file) != digest:
+                    (folder / file).unlink()
             if not whole():
                 download_folder(storage, objects, folder)
                 with temporary_beside(marker) as temporary:
@@ -77,6 +85,11 @@ def stage_folder(uri: str, cache: Path | None = None, *, weights: bool = True) -
     except OSError as error:
         raise explain_os(error, folder, "write", sum(o.size for o in objects)) from error
     return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def user_cache(name: str) -> Path:

@@ -26,15 +26,13 @@ def stage_student(storage: Storage, entry: Mapping[str, Any]) -> Path:
     """
     data = read_document(storage, entry, _REMEDY)
     uri = f"{storage.uri}/{folder_of(entry)}"
+    files = json.loads(data)["files"]
     folder = stage_folder(uri)
-    for file in json.loads(data)["files"]:
-        path = folder / file["name"]
-        problem = _problem(path, file)
-        if problem and is_s3(uri):
-            # It may be this machine's copy that was damaged, long after it came whole.
-            path.unlink(missing_ok=True)
-            problem = _problem(stage_folder(uri) / file["name"], file)
-        if problem:
+    if is_s3(uri) and any(_problem(folder / file["name"], file) for file in files):
+        # It may be this machine's copy that was damaged, long after it came whole.
+        folder = stage_folder(uri, expect={file["name"]: file["sha256"] for file in files})
+    for file in files:
+        if problem := _problem(folder / file["name"], file):
             raise IntegrityError(f"{uri}/{file['name']} {problem}; {_REMEDY}")
     return folder
 

@@ -18,12 +18,12 @@ from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
-from distill_ray.errors import CannotCaptureError, IntegrityError
+from distill_ray.errors import CannotCaptureError, DistillError, IntegrityError
 from distill_ray.schema import TargetRows
 from distill_ray.teacher.draws import DrawSpec
 from distill_ray.teacher.engine import CapturePath, finite_or_reason, refusal
@@ -32,6 +32,8 @@ from distill_ray.teacher.seeds import hash_in_name, named_for_draws
 from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment
 from distill_ray.teacher.wire import row_words, rows_from_words
 
+T = TypeVar("T")
+_REFUSALS = (DistillError, KeyError, ValueError)
 _WAVES_IN_FLIGHT = 4
 """Scheduler steps' worth of tokens queued at once: enough to keep the engine busy, and it bounds the Python lists of
 the finished requests, which take over 100 bytes an entry."""
@@ -153,7 +155,8 @@ class VllmEngine:
         name = f"s{next(self._request)}"
         if self._draws is not None:
             name = named_for_draws(name, tokens)
-        inside = self._engine.add_request(name, tokens_input(tokens.tolist()), self._params)
+        add = partial(self._engine.add_request, name, tokens_input(tokens.tolist()), self._params)
+        inside = self._or_die(add, _REFUSALS)
         if self._draws is not None:
             hash_in_name(inside)  # refused here, where it is an error, and not in the worker, whose errors end it
         return name, inside
@@ -163,7 +166,7 @@ class VllmEngine:
     ) -> list[tuple[int, TargetRows | str]]:
         """All their rows in one call, as bytes."""
         names = [name for _, name in finished]
-        answers = self._or_die(partial(self._engine.collective_rpc, "capture_fetch", args=(names,)))
+        answers = self._or_die(partial(self._engine.collective_rpc, "capture_fetch", args=(names,)), _REFUSALS)
         data = b"".join(answers)
         counts = [len(sequences[i]) - 1 for i, _ in finished]
         form = (self._top_k, self._temperatures, 0 if self._draws is None else self._draws.count)
@@ -178,9 +181,11 @@ class VllmEngine:
             (i, finite_or_reason(rows_from_words(part, *form))) for (i, _), part in zip(finished, parts, strict=True)
         ]
 
-    def _or_die(self, call: Callable[[], list[Any]]) -> list[Any]:
+    def _or_die(self, call: Callable[[], T], refusals: tuple[type[Exception], ...] = ()) -> T:
         try:
             return call()
+        except refusals:
+            raise  # a guard of ours or vLLM's refused this very request; the engine lives, and would refuse it again
         except Exception:  # noqa: BLE001
             # EngineDeadError when the engine is a process of its own; RuntimeError("cancelled") and others when a
             # worker of an engine in this process is gone. Either way its state is lost. An exception would fail the

@@ -11,7 +11,7 @@ from typing import Any
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError, UserError
 from distill_ray.lease import LeaseToken
-from distill_ray.session import on_this_node
+from distill_ray.session import died, is_death, on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
@@ -236,6 +236,8 @@ def _outcome(
             f"the worker group could not be started again: {describe(recipe.train)}; run the same command when there "
             f"is room, it goes on from the last checkpoint ({failed.controller_failure})"
         ) from failed
+    if failed is not None and is_death(failed):
+        raise died("the process that directs the training died", failed) from failed
     raise DistillError(
         f"training failed {recipe.train.max_failures + 1} time(s) (train.max_failures={recipe.train.max_failures}): "
         f"{failed}"

@@ -219,7 +219,7 @@ def test_a_full_cluster_is_said_and_waited_for(tmp_path: Path, monkeypatch: pyte
     _write(tmp_path / "corpus", "a.jsonl", TEXTS)
     manifest = _run(_recipe(tmp_path / "root", f"{tmp_path}/corpus/*"), partial(ShortTeacher), Listener)
     assert manifest.sequences == len(TEXTS)
-    assert notes[0] == "waiting for resources: a teacher needs 0.5 CPU; the cluster has 4 CPU (0 free)"
+    assert notes[0] == "waiting for resources: a teacher needs 1 CPU; the cluster has 4 CPU (0 free)"
 
 
 def test_what_a_teacher_has_to_say_is_said_once(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_source_that_changes_under_capture_is_the_users_error(tmp_path: Path) 
     stream = pool.summaries(
         recipe, open_storage(recipe.storage.root), identity, tokenizer, units, ShortTeacher, threading.Event()
     )
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"^[^\n]*a\.jsonl[^\n]*$"):
         list(stream)
 
 

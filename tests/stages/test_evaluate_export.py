@@ -297,23 +297,71 @@ def test_a_student_that_misses_a_bound_is_kept_but_not_the_latest(trained: Run) 
     result = _export(trained, passed=False)
     assert (result.is_latest, result.reason) == (
         False,
-        "the student misses 1 bound(s): after.kl_t1 = 0.2, required at most 0.1; the latest is 2026-W46",
+        "the student misses 1 bound(s): after.kl_t1 = 0.2, required at most 0.1",
     )
     assert read_latest(trained.storage, "tiny") == before
     assert (Path(result.uri) / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("older", [True, False])
-def test_a_version_that_misses_a_bound_set_later_is_no_longer_the_latest(trained: Run, older: bool) -> None:
-    if older:
-        trained.storage.put("models/tiny/2026-W46/manifest.json", b"{}")
-        entry = document_entry("models/tiny/2026-W46/manifest.json", b"{}")
-        publish_latest(trained.storage, "tiny", "2026-W46", entry)
+def _other_version(run: Run, version: str, *, passed: bool = True, outdated: bool = False) -> None:
+    """A version of the same model, as its own run left it."""
+    prefix = f"models/tiny/{version}/0"
+    data = b'{"files": []}'
+    run.storage.put(f"{prefix}/manifest.json", data)
+    entry = document_entry(f"{prefix}/manifest.json", data) | {"report": "r"}
+    with Lease.acquire(run.storage, f"runs/tiny/{version}") as lease:
+        publish(run.storage, lease.token, "report", {"sha256": "another" if outdated else "r"})
+        publish(run.storage, lease.token, "export", entry)
+        decided = {"export": entry["sha256"], "passed": passed, "reason": "", "model": entry}
+        publish(run.storage, lease.token, "latest", decided)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_version_that_misses_a_bound_set_later_gives_way_to_the_newest_that_kept_its_own(
+    trained: Run, others: bool
+) -> None:
+    if others:
+        _other_version(trained, "2026-W44")
+        _other_version(trained, "2026-W43")
+        _other_version(trained, "2026-W45", outdated=True)
+        _other_version(trained, "2026-W46", passed=False)
     assert _export(trained).is_latest
     result = _export(trained, passed=False)
     latest = read_latest(trained.storage, "tiny")
-    assert (latest and latest.version) == ("2026-W46" if older else None)
-    assert result.reason.endswith("; the latest is 2026-W46" if older else "; there is no latest")
+    assert (latest and latest.version) == ("2026-W44" if others else None)
+    assert "misses 1 bound" in result.reason
+    if latest is not None:
+        read_whole_folder(trained.storage, latest.entry)
+
+
+@pytest.mark.parametrize("at", ["_move_latest", "_remove_others", "require_owned"])
+def test_a_driver_frozen_in_its_export_undoes_nothing_of_its_successors(
+    trained: Run, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = getattr(export, at)
+    trained.storage.put("models/tiny/2026-W47/old/model.safetensors", b"of an older export")
+
+    def frozen(*args: Any) -> Any:
+        if at == "require_owned":
+            act(*args)  # it looks just before it loses the lease
+        monkeypatch.undo()
+        record = json.loads(trained.storage.get(f"{trained.recipe.run_prefix}/lease.json"))
+        trained.storage.put(
+            f"{trained.recipe.run_prefix}/lease.json", json.dumps({**record, "epoch": record["epoch"] + 1}).encode()
+        )
+        successor = replace(trained, token=replace(trained.token, epoch=trained.token.epoch + 1))
+        _export(successor.with_(export={"dtype": "float32"}))
+        return None if at == "require_owned" else act(*args)
+
+    if at == "require_owned":
+        publish_latest(trained.storage, "tiny", "2026-W48", {})  # so that the first look is the removal's
+    monkeypatch.setattr(export, at, frozen)
+    with pytest.raises(LeaseLostError):
+        _export(trained)
+    published, latest = trained.published["export"], read_latest(trained.storage, "tiny")
+    read_whole_folder(trained.storage, published)
+    assert latest is not None
+    assert latest.version == "2026-W48" or latest.entry["sha256"] == published["sha256"]
 
 
 def test_last_weeks_late_run_does_not_take_the_place_of_this_weeks(trained: Run) -> None:

@@ -115,9 +115,12 @@ def test_a_finished_run_answers_without_its_sources_and_mends_what_is_cheap(done
     shutil.copytree(done.root, copied.root)
     page, latest = Path(copied.root, "runs/tiny/v1/report.html"), Path(copied.root, "models/tiny/latest.json")
     wanted, published = page.read_bytes(), copied.published()
+    for path in copied.unit_objects():
+        path.unlink()
     for file in (page, latest):
         file.write_bytes(b"damaged")
         copied.call()
+    assert copied.unit_objects() == [], "no teacher is paid for to write a page"
     assert page.read_bytes() == wanted
     assert copied.latest()["entry"]["sha256"] == published["export"]["sha256"]
     for path in copied.data.iterdir():
@@ -144,7 +147,7 @@ def test_a_signal_stops_cleanly_and_says_how_to_resume(stage: str, number: int, 
 
 def test_two_drivers_at_once_one_works_and_one_refuses(tmp_path: Path):
     job = Job(tmp_path, str(tmp_path / "root"), epochs=1)
-    first, second = job.start(), job.start()
+    first, second = job.start(command="capture"), job.start(command="capture")
     codes = sorted([first.wait(300), second.wait(300)])
     assert codes == [0, 2], first.stderr + second.stderr
     refused = first if first.poll() == 2 else second

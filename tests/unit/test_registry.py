@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from distill_ray.errors import IntegrityError
-from distill_ray.registry import publish_latest, read_latest, retract_latest, version_order
+from distill_ray.errors import IntegrityError, LeaseLostError
+from distill_ray.registry import Latest, publish_latest, read_latest, retract_latest, version_order
 from distill_ray.storage import Storage, open_storage
 
 
@@ -29,7 +29,6 @@ def test_latest_moves_forward_and_never_back(storage: Storage) -> None:
     assert read_latest(storage, "m") == newest
     again = publish_latest(storage, "m", "2026-W10", {"kl": 0.05})
     assert again.entry == {"kl": 0.05}
-    assert again.previous == newest.previous
     assert publish_latest(storage, "m", "2026-W10", {"kl": 0.05}) == again, "nothing to write"
     assert read_latest(storage, "m") == again
     assert read_latest(storage, "another") is None
@@ -63,26 +62,46 @@ def test_a_trial_under_a_name_neither_keeps_nor_takes_the_place_of_a_week(tmp_pa
     assert publish_latest(storage, "m", "trial", {}).version == "2026-W47"
 
 
-def _stored(storage: Storage, key: str) -> dict[str, str]:
-    storage.put(key, key.encode())
-    return {"key": key, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+def _others(*versions: str) -> Callable[[], list[Latest]]:
+    return lambda: [Latest("m", version, 1.0, {"of": version}) for version in versions]
 
 
-def test_taking_a_version_back_leads_to_the_one_before_while_that_stands(storage: Storage) -> None:
-    first, second = _stored(storage, "a/manifest.json"), _stored(storage, "b/manifest.json")
-    publish_latest(storage, "m", "2026-W46", first)
-    publish_latest(storage, "m", "2026-W47", second)
-    assert retract_latest(storage, "m", "2026-W46") == read_latest(storage, "m"), "another version is not touched"
-    now = retract_latest(storage, "m", "2026-W47")
-    assert now is not None
-    assert (now.version, now.entry) == ("2026-W46", first)
-    assert read_latest(storage, "m") == now
-    publish_latest(storage, "m", "2026-W47", second)
-    storage.put("a/manifest.json", b"altered")
+def test_taking_a_version_back_leads_to_the_newest_of_the_others(storage: Storage) -> None:
+    publish_latest(storage, "m", "2026-W46", {"of": "2026-W46"})
+    publish_latest(storage, "m", "2026-W47", {"of": "2026-W47"})
+    others = _others("2026-W45", "2026-W9", "2026-W46", "2026-W47")
+    assert retract_latest(storage, "m", "2026-W46", others=others) == read_latest(storage, "m"), "another stays"
+    for version, then in (("2026-W47", "2026-W46"), ("2026-W46", "2026-W47")):
+        now = retract_latest(storage, "m", version, others=others)
+        assert now is not None
+        assert (now.version, now.entry) == (then, {"of": then})
+        assert read_latest(storage, "m") == now
     assert retract_latest(storage, "m", "2026-W47") is None
     assert read_latest(storage, "m") is None
     assert json.loads(storage.get("models/m/latest.json"))["version"] is None
-    assert publish_latest(storage, "m", "2026-W40", first).version == "2026-W40"
+
+
+@pytest.mark.parametrize("record", [None, b"[]", b'{"version": null}'])
+def test_without_a_sound_record_an_old_version_does_not_become_the_latest(tmp_path: Path, record: bytes | None) -> None:
+    storage = open_storage(str(tmp_path))
+    if record is not None:
+        storage.put("models/m/latest.json", record)
+    assert publish_latest(storage, "m", "2026-W40", {}, others=_others("2026-W47")).version == "2026-W47"
+    latest = read_latest(storage, "m")
+    assert latest is not None
+    assert latest.version == "2026-W47"
+
+
+def test_who_may_not_publish_any_more_writes_nothing(storage: Storage) -> None:
+    def guard() -> None:
+        raise LeaseLostError("taken over")
+
+    newest = publish_latest(storage, "m", "2026-W46", {})
+    with pytest.raises(LeaseLostError):
+        publish_latest(storage, "m", "2026-W47", {}, guard=guard)
+    with pytest.raises(LeaseLostError):
+        retract_latest(storage, "m", "2026-W46", guard=guard)
+    assert read_latest(storage, "m") == newest
 
 
 def test_a_damaged_record_is_refused_and_replaced_by_the_next_version(tmp_path: Path) -> None:

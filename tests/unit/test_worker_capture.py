@@ -209,3 +209,29 @@ def test_an_engine_that_fails_while_rows_are_fetched_ends_the_process_as_one_tha
         with pytest.raises(_EndedError, match="1"):
             call()
         assert "RuntimeError: cancelled" in capsys.readouterr().err
+
+
+def test_a_refusal_while_rows_are_fetched_is_raised_and_ends_no_process(monkeypatch: pytest.MonkeyPatch):
+    from distill_ray.teacher.vllm_engine import VllmEngine
+
+    def refuses(*_: Any, **__: Any) -> list[Any]:
+        raise KeyError("rows were never computed")
+
+    monkeypatch.setattr("os._exit", lambda _: pytest.fail("ended the process"))
+    engine = object.__new__(VllmEngine)
+    engine._engine = SimpleNamespace(collective_rpc=refuses)
+    with pytest.raises(KeyError, match="never computed"):
+        engine._fetch([], [])
+
+
+def test_why_the_public_path_is_taken_travels_with_every_unit():
+    from distill_ray.capture.stages import ReadUnit, teach
+    from distill_ray.schema import SourceSlice, Unit
+    from distill_ray.teacher.vllm_engine import _may_fall_back
+
+    notes = _may_fall_back("auto", "vLLM 9.9 is not one of 0.32", ())
+    assert notes == ("vLLM's public path is used (vLLM 9.9 is not one of 0.32): several times slower, no entropy",)
+    assert _may_fall_back("flat", None, ()) == ()
+    engine: Any = SimpleNamespace(notes=notes, score=lambda _: [])
+    unit = Unit("0" * 32, SourceSlice("a.txt", "0" * 64, "file", 0, 1), 1)
+    assert teach(engine, ReadUnit(unit, [], [])).notes == notes
