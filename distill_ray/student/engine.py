@@ -42,6 +42,8 @@ class StepResult:
     """Supervised tokens of the global batch."""
     flags: int
     """Sum of the `flag` arguments over ranks: how ranks agree on a stop without another collective."""
+    arrived: int = 0
+    """Sum of the `arrived` arguments over ranks."""
 
 
 def engine_config(section: TrainSection, micro_steps: int) -> dict[str, Any]:
@@ -111,18 +113,19 @@ class StudentEngine:
         )
         return cls(engine, module, section, device)
 
-    def train_step(self, batches: Iterator[PackedBatch], steps: int, flag: int = 0) -> StepResult:
+    def train_step(self, batches: Iterator[PackedBatch], steps: int, flag: int = 0, arrived: int = 0) -> StepResult:
         """One optimizer step: takes micro-batches up to and including the step's last.
 
         Args:
             batches: this rank's micro-batches; every rank's step has as many.
             steps: optimizer steps of the run, for the learning rate.
             flag: summed over ranks into the result.
+            arrived: likewise.
 
         Raises:
             DistillError: the batch does not hold what was planned.
         """
-        sums = torch.zeros(8, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(9, dtype=torch.float64, device=self.device)
         while True:
             batch = next(batches)
             if batch.micro == 0:
@@ -137,7 +140,7 @@ class StudentEngine:
             if batch.last:
                 break
         self._engine.step()
-        sums[7] = flag
+        sums[7], sums[8] = flag, arrived
         torch.distributed.all_reduce(sums)
         return self._result(sums, batch)
 
@@ -147,7 +150,7 @@ class StudentEngine:
             group["lr"] = lr
 
     def _result(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        *parts, count, flags = sums.tolist()
+        *parts, count, flags, arrived = sums.tolist()
         planned = batch.supervised
         if int(count) != planned:
             raise DistillError(
@@ -157,7 +160,7 @@ class StudentEngine:
         loss, kl_t, kl_t1, ce, kept, agree = (x / planned for x in parts)
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         lr = float(self._optimizer.param_groups[0]["lr"])
-        return StepResult(loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned, int(flags))
+        return StepResult(loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned, int(flags), int(arrived))
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's part of the state under `folder`, which no other rank shares; returns its files."""
