@@ -177,8 +177,13 @@ class StudentEngine:
         """Where under `folder` the needed files must lie for `load`."""
         return folder / _TAG
 
-    def load(self, folder: Path) -> None:
-        """Take up the state saved at the same world size and ZeRO stage. Only for a freshly started engine."""
+    def load(self, folder: Path, *, universal: bool = False) -> None:
+        """Take up the state saved at the same world size and ZeRO stage, or a `universal` one, saved at any size.
+
+        Only for a freshly started engine.
+        """
+        config: Any = self._engine._config
+        config.load_universal_checkpoint = universal
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise DistillError(f"no DeepSpeed state under {folder}; the checkpoint is not whole")
@@ -197,18 +202,16 @@ class StudentEngine:
         return state if self.rank == 0 else None
 
 
-def check_resumable(saved_world: int, saved_stage: int, world: int, section: TrainSection, step: int) -> None:
-    """Refuse a checkpoint of another world size or ZeRO stage.
+def check_resumable(saved_stage: int, section: TrainSection, step: int) -> None:
+    """Refuse a checkpoint of another ZeRO stage.
 
     Raises:
-        UserError: with both numbers and the remedy.
+        UserError: with both stages and the remedy.
     """
-    if (saved_world, saved_stage) != (world, section.zero_stage):
+    if saved_stage != section.zero_stage:
         raise UserError(
-            f"the checkpoint of step {step} was saved by {saved_world} workers at ZeRO stage {saved_stage}; this "
-            f"command has {world} workers at stage {section.zero_stage}. Resume with train.workers = "
-            f"{{ min = {saved_world}, max = {saved_world} }} and train.zero_stage = {saved_stage}, or start "
-            "a new --version"
+            f"the checkpoint of step {step} was saved at ZeRO stage {saved_stage}; this command has stage "
+            f"{section.zero_stage}. Resume with train.zero_stage = {saved_stage}, or start a new --version"
         )
 
 
