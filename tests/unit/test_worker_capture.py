@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from distill_ray.config.sections import CaptureSection
 from distill_ray.errors import IntegrityError
 from distill_ray.teacher.head import UnknownEngineError
 from distill_ray.teacher.hook import CaptureWorker, install
@@ -229,9 +230,9 @@ def test_why_the_public_path_is_taken_travels_with_every_unit():
     from distill_ray.schema import SourceSlice, Unit
     from distill_ray.teacher.vllm_engine import _may_fall_back
 
-    notes = _may_fall_back("auto", "vLLM 9.9 is not one of 0.32", ())
+    notes = _may_fall_back("auto", "vLLM 9.9 is not one of 0.32", CaptureSection())
     assert notes == ("vLLM's public path is used (vLLM 9.9 is not one of 0.32): several times slower, no entropy",)
-    assert _may_fall_back("flat", None, ()) == ()
+    assert _may_fall_back("flat", None, CaptureSection()) == ()
     engine: Any = SimpleNamespace(notes=notes, score=lambda _: [])
     unit = Unit("0" * 32, SourceSlice("a.txt", "0" * 64, "file", 0, 1), 1)
     assert teach(engine, ReadUnit(unit, [], [])).notes == notes
