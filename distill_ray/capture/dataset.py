@@ -20,11 +20,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
-from distill_ray.capture.pool import TASK_CPUS
-from distill_ray.capture.stages import EngineFactory, Teacher, from_row, read, to_row, write
-from distill_ray.config import Recipe
+from distill_ray.capture.pool import TASK_CPUS, Work
+from distill_ray.capture.stages import Teacher, from_row, read, to_row, write
 from distill_ray.errors import DistillError
-from distill_ray.schema import Unit, UnitSummary
+from distill_ray.schema import UnitSummary
 from distill_ray.session import died, is_death
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
@@ -47,22 +46,13 @@ class Captured:
     """What the user should know of the engine that taught it."""
 
 
-def iter_captured(
-    recipe: Recipe,
-    storage: Storage,
-    identity: CaptureIdentity,
-    tokenizer: Any,
-    pending: list[Unit],
-    engine_factory: EngineFactory,
-    needed: dict[str, float],
-) -> Iterator[Captured]:
-    """Capture `pending`; each unit once its object is written, in order of completion. A teacher gets the Ray resources
-    `needed`.
+def iter_captured(work: Work) -> Iterator[Captured]:
+    """Capture what is pending; each unit once its object is written, in order of completion.
 
     Raises DistillError: an error of ours in any stage, as it was raised there; a teacher's process died too often.
     """
     try:
-        rows = _pipeline(recipe, storage, identity, tokenizer, pending, engine_factory, needed)
+        rows = _pipeline(work)
         tables: Iterator[Any] = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
         for table in tables:
             for i in range(table.num_rows):
@@ -71,19 +61,12 @@ def iter_captured(
         raise _own_error(error) from error
 
 
-def _pipeline(
-    recipe: Recipe,
-    storage: Storage,
-    identity: CaptureIdentity,
-    tokenizer: Any,
-    pending: list[Unit],
-    engine_factory: EngineFactory,
-    needed: dict[str, float],
-) -> ray.data.Dataset:
+def _pipeline(work: Work) -> ray.data.Dataset:
+    recipe, pending, needed = work.recipe, work.pending, work.teacher_resources()
     replicas = recipe.teacher.replicas
     tasks = min(_TASKS_PER_TEACHER * replicas.max, len(pending))
     # The tokenizer travels as an object: a machine that only tokenises need not stage the teacher's weights.
-    tokenizer_ref = ray.put(tokenizer)
+    tokenizer_ref = ray.put(work.tokenizer)
     table = pa.concat_tables([to_row(unit) for unit in pending])
     as_is: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     with _unit_sized_blocks():
@@ -93,7 +76,7 @@ def _pipeline(
                 partial(
                     _read_row,
                     section=recipe.corpus,
-                    most_tokens=corpus.most_unit_tokens(identity.top_k),
+                    most_tokens=corpus.most_unit_tokens(work.identity.top_k),
                     tokenizer_ref=[tokenizer_ref],
                 ),
                 num_cpus=TASK_CPUS,
@@ -102,7 +85,7 @@ def _pipeline(
             )
             .map_batches(
                 Teacher,
-                fn_constructor_args=(engine_factory,),
+                fn_constructor_args=(work.engine_factory,),
                 compute=ray.data.ActorPoolStrategy(
                     min_size=max(1, replicas.min),
                     max_size=replicas.max,
@@ -114,7 +97,7 @@ def _pipeline(
                 **as_is,
             )
             .map_batches(
-                partial(_write_row, storage=storage, identity=identity),
+                partial(_write_row, storage=work.storage, identity=work.identity),
                 num_cpus=TASK_CPUS,
                 compute=ray.data.TaskPoolStrategy(tasks),
                 **as_is,

@@ -29,6 +29,26 @@ _CPU_TEACHER_CPUS = 0.5
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a capture needs; travels to its actor once."""
+
+    recipe: Recipe
+    storage: Storage
+    identity: CaptureIdentity
+    tokenizer: Any
+    pending: list[Unit]
+    engine_factory: EngineFactory
+
+    def teacher_resources(self) -> dict[str, float]:
+        """Ray resources of one teacher."""
+        section = self.recipe.teacher
+        if section.use_gpu:
+            # The engine's own processes use the GPUs that Ray gives to the actor.
+            return {"GPU": section.tensor_parallel * section.pipeline_parallel}
+        return {"CPU": _CPU_TEACHER_CPUS}
+
+
+@dataclass(frozen=True)
 class _Failed:
     error: DistillError
 
@@ -40,34 +60,19 @@ class _Pump:
     later `ray.init()` or a second after (ray-project/ray#31145).
     """
 
-    def captured(self, *args: Any) -> Iterator[Captured | _Failed]:
+    def captured(self, work: Work) -> Iterator[Captured | _Failed]:
         from distill_ray.capture.dataset import iter_captured
 
         try:
-            yield from iter_captured(*args)
+            yield from iter_captured(work)
         except DistillError as error:
             yield _Failed(error)  # as a value: raised, it would arrive in Ray's wrapping
 
 
-def _teacher_resources(recipe: Recipe) -> dict[str, float]:
-    """Ray resources of one teacher."""
-    # The engine's own processes use the GPUs that Ray gives to the actor.
-    if recipe.teacher.use_gpu:
-        return {"GPU": recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel}
-    return {"CPU": _CPU_TEACHER_CPUS}
-
-
 def summaries(
-    recipe: Recipe,
-    storage: Storage,
-    identity: CaptureIdentity,
-    tokenizer: Any,
-    pending: list[Unit],
-    engine_factory: EngineFactory,
-    stop: threading.Event,
-    note: Callable[[str], None] = lambda _: None,
+    work: Work, stop: threading.Event, note: Callable[[str], None] = lambda _: None
 ) -> Generator[UnitSummary, None, None]:
-    """Capture `pending`; yields each unit's summary once its object is written, in order of completion.
+    """Capture what is pending; yields each unit's summary once its object is written, in order of completion.
 
     Ray must be initialised. `note` is called once with each thing that a teacher has to say.
 
@@ -75,11 +80,10 @@ def summaries(
         StoppedError: `stop` was set; units already yielded are stored.
         DistillError: an error of ours in any stage, as it was raised there; a process died too often.
     """
-    needed = _teacher_resources(recipe)
+    needed = work.teacher_resources()
     note_full("a teacher", {**needed, "CPU": needed.get("CPU", 0) + 2 * TASK_CPUS}, note, stop)
     pump: Any = ray.remote(_Pump).options(**on_this_node()).remote()
-    method = pump.captured.options(num_returns="streaming")
-    stream = method.remote(recipe, storage, identity, tokenizer, pending, engine_factory, needed)
+    stream = pump.captured.options(num_returns="streaming").remote(work)
     noted: set[str] = set()
     try:
         while True:

@@ -93,7 +93,8 @@ def run(
         if pending:
             from distill_ray.capture import pool
 
-            stream = pool.summaries(recipe, storage, identity, tokenizer, pending, factory, stop, bar.note)
+            work = pool.Work(recipe, storage, identity, tokenizer, pending, factory)
+            stream = pool.summaries(work, stop, bar.note)
             with closing(stream), closing(_indexed(storage, identity, stream)) as finished:
                 for summary in finished:
                     known[summary.unit] = summary

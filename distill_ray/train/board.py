@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from distill_ray.session import on_this_node
+
 
 @dataclass
 class News:
@@ -75,7 +77,5 @@ class Board:
 def start_board(kind: type[Board] = Board) -> Any:
     """The actor, on the driver's own node: it lives as long as the driver does."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(kind).options(**on_this_node()).remote()

@@ -280,9 +280,8 @@ def test_a_source_that_changes_under_capture_is_the_users_error(tmp_path: Path) 
     tokenizer = corpus.load_tokenizer(recipe.teacher.model, False)
     units = corpus.plan_units(recipe.corpus, identity.tokenizer, None)
     path.unlink()
-    stream = pool.summaries(
-        recipe, open_storage(recipe.storage.root), identity, tokenizer, units, ShortTeacher, threading.Event()
-    )
+    work = pool.Work(recipe, open_storage(recipe.storage.root), identity, tokenizer, units, ShortTeacher)
+    stream = pool.summaries(work, threading.Event())
     with pytest.raises(UserError, match=r"^[^\n]*a\.jsonl[^\n]*$"):
         list(stream)
 
