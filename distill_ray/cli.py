@@ -11,7 +11,7 @@ import sys
 import threading
 from types import FrameType
 
-from distill_ray.config import Recipe, load_recipe
+from distill_ray.config import Recipe, load_recipe, parse_recipe
 from distill_ray.errors import DistillError, StoppedError
 
 _EPILOG = """\
@@ -26,9 +26,10 @@ Every command can be stopped (Ctrl-C) or killed at any moment; the same command 
 """
 
 _STAGE_HELP = {
-    "run": "capture, train, evaluate and export; does only what is missing",
+    "run": "capture, audit, train, evaluate and export; does only what is missing",
     "capture": "store the teacher's soft targets for the corpus",
-    "train": "capture what is missing, then train the student",
+    "audit": "… then score a sample of the stored rows again by another path, and compare",
+    "train": "… then train the student",
     "evaluate": "… then score teacher, student before and student after on held-out targets",
     "export": "… then publish the student as a Hugging Face folder (the same as run)",
 }
@@ -49,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         _recipe_arguments(command)
         command.add_argument("--address", help="Ray cluster to use (default: RAY_ADDRESS, else a private local one)")
+        if name == "audit":
+            _audit_arguments(command)
     _recipe_arguments(commands.add_parser("status", help="show where a run stands, from storage alone"))
     inspect = commands.add_parser("inspect", help="describe stored soft targets")
     inspect.add_argument("uri", help="a targets/<fingerprint> folder, one of its objects, or a run's folder")
@@ -60,6 +63,22 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="TOML recipe; see jobs/recipes/")
     parser.add_argument("--root", help="replaces storage.root: a local folder or s3://bucket/prefix")
     parser.add_argument("--version", help="version of the run (default: the recipe's, else the ISO week)")
+
+
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sequences", type=int, metavar="N", help="replaces audit.sequences: how many are compared")
+    parser.add_argument("--unit", action="append", metavar="HASH", help="compare all of this unit (may be repeated)")
+    parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), help="replaces audit.engine")
+
+
+def _with_audit(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """The recipe as the arguments of `audit` change it; placement alone, so it stays the same run."""
+    stated = {"engine": arguments.engine, "sequences": arguments.sequences, "units": arguments.unit}
+    if arguments.sequences is not None and arguments.unit is None:
+        stated["units"] = []
+    changes = {name: value for name, value in stated.items() if value is not None}
+    data = recipe.model_dump()
+    return parse_recipe({**data, "audit": {**data["audit"], **changes}}, arguments.recipe)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,6 +124,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         for finding in check(recipe, address=arguments.address):
             print(f"ok  {finding.what:<9} {finding.fact}")
         return 0
+    if arguments.command == "audit":
+        recipe = _with_audit(recipe, arguments)
     return _run(recipe, "export" if arguments.command == "run" else arguments.command, arguments.address)
 
 
@@ -119,7 +140,7 @@ def _inspect(uri: str, *, verify: bool) -> int:
 class _Stopper:
     """Turns SIGINT and SIGTERM into a clean stop.
 
-    Capture and training watch the event and finish the step in hand; the short stages are simply left.
+    Capture, audit and training watch the event and stop by themselves; the short stages are simply left.
     """
 
     def __init__(self) -> None:
@@ -138,7 +159,7 @@ class _Stopper:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.event.is_set()
         self.event.set()
-        if again or self.stage not in ("capture", "train"):
+        if again or self.stage not in ("capture", "audit", "train"):
             raise StoppedError(f"{signal.Signals(number).name} during {self.stage}")
         print(
             f"\n{signal.Signals(number).name}: stopping {self.stage} cleanly; once more to leave at once",

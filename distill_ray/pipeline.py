@@ -1,4 +1,4 @@
-"""The main job: capture, train, evaluate, export, each skipped where its artefact is already published.
+"""The main job: capture, audit, train, evaluate, export, each skipped where its artefact is already published.
 
 Stages meet only through storage. A run's record (`lease.json`) names every finished artefact, so a killed run goes on
 where it stopped when the same command is given again, and a finished one answers at once.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from distill_ray import capture, corpus, evaluate, export, targets, teacher, train
+from distill_ray import audit, capture, corpus, evaluate, export, targets, teacher, train
 from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import DistillError, IntegrityError, UserError
 from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_published
@@ -23,6 +23,7 @@ from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import private_cpus, ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
 from distill_ray.telemetry import Progress, say
+from distill_ray.units import in_sorted
 
 STAGES = tuple(ARTEFACT_OF)
 
@@ -53,7 +54,7 @@ def run(
 
     Args:
         recipe: what to compute and where it lies.
-        until: "capture", "train", "evaluate" or "export".
+        until: "capture", "audit", "train", "evaluate" or "export".
         address: of a Ray cluster; None or "local" starts a private one.
         stop: set it to stop cleanly; everything finished is kept.
         on_stage: called with a stage's name as it starts.
@@ -64,10 +65,13 @@ def run(
 
     Raises:
         UserError: the recipe is wrong, does not fit what lies in storage, or another driver holds the run.
+        IntegrityError: stored data is damaged, or the audit found targets that are not the teacher's.
         StoppedError: `stop` was set.
     """
     if until not in STAGES:
         raise UserError(f"no stage is called {until!r}; use one of {', '.join(STAGES)}")
+    if until == "audit":
+        audit.require_sample(recipe)
     stop = stop or threading.Event()
     storage = open_storage(recipe.storage.root)
     if not is_done(recipe, until):
@@ -80,8 +84,10 @@ def run(
             _same_run(recipe, storage, identity)  # another driver may have begun the run since
             publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
             for stage in STAGES[: STAGES.index(until) + 1]:
+                if stage == "audit" and not _audit_is_due(recipe, storage, until):
+                    continue
                 on_stage(stage)
-                _stage(stage, recipe, storage, lease.token, stop)
+                _stage(stage, recipe, storage, lease.token, stop, until)
                 lease.check()
     else:
         _same_run(recipe, storage, run_identity(recipe))
@@ -94,15 +100,26 @@ def is_done(recipe: Recipe, until: str = "export") -> bool:
     """Whether the stage `until` is done and what it made is whole and of this recipe."""
     storage = open_storage(recipe.storage.root)
     published = read_published(storage, recipe.run_prefix)
-    artefacts = [ARTEFACT_OF[stage] for stage in STAGES[: STAGES.index(until) + 1]]
-    if not all(name in published for name in artefacts):
+    # Where a student is trained and whole, nobody asks for the audit before it.
+    stages = [stage for stage in STAGES[: STAGES.index(until) + 1] if stage != "audit" or until == "audit"]
+    if not all(ARTEFACT_OF[stage] in published for stage in stages):
         return False
     # A report of other settings leaves a whole export behind.
-    last = ("evaluate", "export") if until == "export" else (until,)
-    return all(_undone(stage, recipe, storage, published) is None for stage in last)
+    last = {"export": ("evaluate", "export"), "audit": ("capture", "audit")}.get(until, (until,))
+    return all(_undone(stage, recipe, storage, published, until) is None for stage in last)
 
 
-def _undone(stage: str, recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]]) -> str | None:
+def _audit_is_due(recipe: Recipe, storage: Storage, until: str) -> bool:
+    """Whether the audit is asked for, or stands before a training to come."""
+    if until == "audit":
+        return True
+    student = read_published(storage, recipe.run_prefix).get("student")
+    return recipe.audit.is_on and (student is None or train.damage(storage, student) is not None)
+
+
+def _undone(
+    stage: str, recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]], until: str
+) -> str | None:
     """Why a published stage has to be done again; None where it stands.
 
     Damage is found by sizes and by checksums of documents; contents are verified by whoever loads them.
@@ -118,7 +135,9 @@ def _undone(stage: str, recipe: Recipe, storage: Storage, published: dict[str, d
         return str(error)
     if stage == "evaluate":
         return evaluate.outdated(recipe, published) or page_damage(storage, entry)
-    return capture.damage(storage, entry) if _needs_targets(recipe, storage, published) else None
+    if stage == "audit":
+        return audit.outdated(recipe, published)
+    return capture.damage(storage, entry) if _needs_targets(recipe, storage, published, until) else None
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
@@ -126,7 +145,7 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
 
     Report and export state what they were made with themselves: they are cheap, and simply made anew.
     """
-    identity = {k: v for k, v in identity_of(recipe).items() if k not in ("evaluate", "export")}
+    identity = {k: v for k, v in identity_of(recipe).items() if k not in ("audit", "evaluate", "export")}
     captured = capture.capture_identity(recipe)
     identity["capture_fingerprint"] = captured.fingerprint
     identity["teacher"]["dtype"] = captured.teacher["dtype"]  # `auto` and the very dtype it means are one run
@@ -158,10 +177,10 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop: threading.Event) -> None:
+def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop: threading.Event, until: str) -> None:
     published = read_published(storage, recipe.run_prefix)
     if ARTEFACT_OF[stage] in published:
-        reason = _undone(stage, recipe, storage, published)
+        reason = _undone(stage, recipe, storage, published, until)
         if reason is None:
             return
         say(stage, f"done again: {reason}")
@@ -175,7 +194,9 @@ def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop
     else:
         manifest = targets.read_run_manifest(storage, published["targets"])
         evaluate.require_held_out(manifest, recipe)
-        if stage == "train":
+        if stage == "audit":
+            audit.run(recipe, storage, manifest, token, stop, Progress)
+        elif stage == "train":
             train.run(recipe, storage, manifest, token, stop, Progress)
         else:
             timings = {
@@ -185,11 +206,11 @@ def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop
     publish(storage, token, f"timings/{stage}", {"seconds": round(time.monotonic() - started, 3)})
 
 
-def _needs_targets(recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]]) -> bool:
-    """Whether training or evaluation still has to read the target objects."""
+def _needs_targets(recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]], until: str) -> bool:
+    """Whether training, evaluation or an audit that is asked for still has to read the target objects."""
     return any(
-        ARTEFACT_OF[stage] not in published or _undone(stage, recipe, storage, published) is not None
-        for stage in ("train", "evaluate")
+        ARTEFACT_OF[stage] not in published or _undone(stage, recipe, storage, published, until) is not None
+        for stage in ("train", "evaluate", *(("audit",) if until == "audit" else ()))
         # Judging figures again needs no target, and must not pay for a teacher where the targets were cleared away.
         if not (stage == "evaluate" and evaluate.only_bounds_changed(recipe, storage, published))
     )
@@ -221,5 +242,5 @@ def _new_units(recipe: Recipe, storage: Storage, published: dict[str, dict[str, 
         units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
     except DistillError as error:
         return f"could not look for new corpus units: {error}"  # what is finished needs no corpus
-    new = {u.hash for u in units} - {u.unit for u in manifest.units}
-    return f"{len(new)} corpus unit(s) came after this version; give --version to run on them" if new else ""
+    new = int((~in_sorted(manifest.units.hashes, units.hashes)).sum())
+    return f"{new} corpus unit(s) came after this version; give --version to run on them" if new else ""

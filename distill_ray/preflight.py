@@ -48,7 +48,7 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
     total = sum(info.size for info in sources.values())
     if not total:
         raise UserError(f"the corpus is empty: {len(sources)} source(s), 0 bytes; add text to corpus.sources")
-    corpus.check_unit_bytes(recipe.corpus, recipe.capture.top_k)
+    corpus.check_unit_bytes(recipe.corpus, recipe.capture.top_k, recipe.capture.draws)
     opened = corpus.probe_sources(recipe.corpus, sources)
     findings.append(Finding("corpus", f"{len(sources)} source(s), {total:,} bytes; {len(opened)} looked into"))
     findings += _models(recipe)
@@ -72,7 +72,7 @@ def _batches(recipe: Recipe) -> Finding:
 
 def _installed(recipe: Recipe) -> Finding:
     needed = {"deepspeed": "student", "transformers": "student"}
-    if recipe.teacher.engine == "vllm":
+    if "vllm" in (recipe.teacher.engine, recipe.audit.engine):
         needed["vllm"] = "teacher" if recipe.teacher.use_gpu else "teacher-cpu"
     if recipe.student.lora:
         needed["peft"] = "student"
@@ -126,6 +126,11 @@ def _teacher_shape(recipe: Recipe, shape: ModelShape) -> None:
     if recipe.capture.top_k > shape.vocab_size:
         raise UserError(
             f"capture.top_k={recipe.capture.top_k} exceeds the vocabulary of {shape.vocab_size:,}; lower top_k"
+        )
+    if recipe.capture.draws_from == "tail" and recipe.capture.top_k == shape.vocab_size:
+        raise UserError(
+            f'capture.draws_from="tail", but capture.top_k={recipe.capture.top_k} keeps the whole vocabulary and '
+            "leaves nothing to draw from; lower top_k"
         )
     longest = shape.context
     if longest and recipe.corpus.window_tokens >= longest:

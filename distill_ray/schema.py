@@ -1,15 +1,16 @@
 """What crosses stage boundaries: units, sequences, target rows, summaries. Plain dataclasses over numpy.
 
-Legend of shapes: N target rows (positions), K kept tokens, V real vocabulary, n tokens of one sequence (N = n − 1).
+Legend of shapes: N target rows (positions), K kept tokens, V real vocabulary, n tokens of one sequence (N = n − 1),
+M drawn ids of all rows together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-ARTEFACT_OF = {"capture": "targets", "train": "student", "evaluate": "report", "export": "export"}
+ARTEFACT_OF = {"capture": "targets", "audit": "audit", "train": "student", "evaluate": "report", "export": "export"}
 """Stages in order → the name under which a run's record publishes what they made."""
 
 
@@ -57,6 +58,10 @@ class Sequence:
     """64-bit hash of the source document's content; decides the held-out split."""
 
 
+UNKNOWN_RECORD = -1
+"""`DeadLetter.record` of a sequence that the teacher refused: windows no longer know their record."""
+
+
 @dataclass(frozen=True)
 class DeadLetter:
     """A document or sequence that failed for its own reasons."""
@@ -64,8 +69,46 @@ class DeadLetter:
     unit: str
     source: str
     record: int
-    """0-based record number in the slice."""
+    """0-based record number in the slice; `UNKNOWN_RECORD` for a sequence that the teacher refused."""
     reason: str
+
+
+COUNT_SHIFT = 20
+"""A drawn id and its count as one 32-bit word: id | count << 20, so V ≤ 2^20 and a row has at most 4,095 draws."""
+DRAW_BYTES, ROW_DRAW_BYTES = 6, 4
+"""Stored bytes of each distinct token drawn at a row, and of each row: Parquet has no integers below 4 bytes."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Tokens drawn from the teacher at every row, with replacement: row after row, each row's distinct ids ascending.
+
+    A row's counts sum to the capture's number of draws; only a row with nothing to draw from has none.
+    """
+
+    ids_M: np.ndarray
+    """int32."""
+    counts_M: np.ndarray
+    """int32 how often each was drawn, ≥ 1."""
+    logprobs_M: np.ndarray
+    """float32 log-probability, temperature 1 whatever they were drawn at."""
+    distinct_N: np.ndarray
+    """uint16 ids of each row, which sum to M."""
+
+    @classmethod
+    def of_words(cls, words_M: np.ndarray, logprobs_M: np.ndarray, distinct_N: np.ndarray) -> Draws:
+        """From uint32 id | count << 20."""
+        ids_M = (words_M & np.uint32((1 << COUNT_SHIFT) - 1)).astype(np.int32)
+        return cls(ids_M, (words_M >> np.uint32(COUNT_SHIFT)).astype(np.int32), logprobs_M, distinct_N)
+
+    @classmethod
+    def joined(cls, parts: list[Draws]) -> Draws:
+        """Those of consecutive rows."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def words(self) -> np.ndarray:
+        """[M] uint32 id | count << 20."""
+        return self.ids_M.astype("<u4") | self.counts_M.astype("<u4") << np.uint32(COUNT_SHIFT)
 
 
 @dataclass(frozen=True)
@@ -86,6 +129,8 @@ class TargetRows:
     """float32 entropy in nats; None where the engine cannot give it."""
     log_tail_at: dict[float, np.ndarray] = field(default_factory=dict)
     """Temperature T ≠ 1 → float32 [N] log tail mass of softmax(z / T) outside the same K ids."""
+    draws: Draws | None = None
+    """None where the capture keeps none."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +154,8 @@ class UnitSummary:
     """Seconds the teacher spent on the unit; 0 where they are not known."""
     entropy: bool | None = None
     """Whether its rows hold the teacher's entropy; None where the index does not say."""
+    distinct_draws: int = 0
+    """Sum over rows of the distinct tokens drawn; 0 where the capture keeps none."""
 
     @property
     def rows(self) -> int:

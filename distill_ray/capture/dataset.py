@@ -27,6 +27,8 @@ from distill_ray.schema import UnitSummary
 from distill_ray.session import died, is_death
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher import actor_resources
+from distill_ray.units import Units, unit_of
 
 _TASKS_PER_TEACHER = 2
 """Readers, and writers, for each teacher: each is a process with its own tokenizer."""
@@ -62,21 +64,21 @@ def iter_captured(work: Work) -> Iterator[Captured]:
 
 
 def _pipeline(work: Work) -> ray.data.Dataset:
-    recipe, pending, needed = work.recipe, work.pending, work.teacher_resources()
+    recipe, pending = work.recipe, work.pending
     replicas = recipe.teacher.replicas
     tasks = min(_TASKS_PER_TEACHER * replicas.max, len(pending))
     # The tokenizer travels as an object: a machine that only tokenises need not stage the teacher's weights.
     tokenizer_ref = ray.put(work.tokenizer)
-    table = pa.concat_tables([to_row(unit) for unit in pending])
     as_is: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     with _unit_sized_blocks():
-        units = ray.data.from_arrow(table, override_num_blocks=min(len(pending), _MOST_BLOCKS))
+        refs: list[Any] = [ray.put(block) for block in blocks(pending)]
+        units = ray.data.from_arrow_refs(refs)
         return (
             units.map_batches(
                 partial(
                     _read_row,
                     section=recipe.corpus,
-                    most_tokens=corpus.most_unit_tokens(work.identity.top_k),
+                    most_tokens=corpus.most_unit_tokens(work.identity.top_k, work.identity.draws),
                     tokenizer_ref=[tokenizer_ref],
                 ),
                 num_cpus=TASK_CPUS,
@@ -92,8 +94,7 @@ def _pipeline(work: Work) -> ray.data.Dataset:
                     max_tasks_in_flight_per_actor=_QUEUED_PER_TEACHER,
                 ),
                 max_task_retries=_UNIT_RETRIES,
-                num_gpus=needed.get("GPU", 0),
-                num_cpus=needed.get("CPU", 0),
+                **actor_resources(recipe.teacher),
                 **as_is,
             )
             .map_batches(
@@ -103,6 +104,13 @@ def _pipeline(work: Work) -> ray.data.Dataset:
                 **as_is,
             )
         )
+
+
+def blocks(pending: Units) -> Iterator[pa.Table]:
+    """The pipeline's input: tables of one row a unit, at most 10,000 of them, made one after the other."""
+    step = -(-len(pending) // _MOST_BLOCKS)
+    for start in range(0, len(pending), step):
+        yield pending[start : start + step].table()
 
 
 @contextmanager
@@ -129,7 +137,7 @@ def _tokenizer(ref: ray.ObjectRef) -> Any:
 
 
 def _read_row(table: pa.Table, section: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]) -> pa.Table:
-    return to_row(read(from_row(table), section, _tokenizer(tokenizer_ref[0]), most_tokens))
+    return to_row(read(unit_of(table), section, _tokenizer(tokenizer_ref[0]), most_tokens))
 
 
 def _write_row(table: pa.Table, storage: Storage, identity: CaptureIdentity) -> pa.Table:

@@ -13,10 +13,12 @@ from ray.exceptions import RayError
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
-from distill_ray.schema import Unit, UnitSummary
+from distill_ray.schema import UnitSummary
 from distill_ray.session import died, is_death, note_full, on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher import needed_resources
+from distill_ray.units import Units
 
 if TYPE_CHECKING:
     from distill_ray.capture.dataset import Captured
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 TASK_CPUS = 0.25
 """CPUs that a reading or writing task asks for."""
-_CPU_TEACHER_CPUS = 0.5
-"""CPUs that a teacher without a GPU asks for; not the tasks' share, or Ray Data would fuse reading into the actor."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,8 @@ class Work:
     storage: Storage
     identity: CaptureIdentity
     tokenizer: Any
-    pending: list[Unit]
+    pending: Units
     engine_factory: EngineFactory
-
-    def teacher_resources(self) -> dict[str, float]:
-        """Ray resources of one teacher."""
-        section = self.recipe.teacher
-        if section.use_gpu:
-            # The engine's own processes use the GPUs that Ray gives to the actor.
-            return {"GPU": section.tensor_parallel * section.pipeline_parallel}
-        return {"CPU": _CPU_TEACHER_CPUS}
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,7 @@ def summaries(
         StoppedError: `stop` was set; units already yielded are stored.
         DistillError: an error of ours in any stage, as it was raised there; a process died too often.
     """
-    needed = work.teacher_resources()
+    needed = needed_resources(work.recipe.teacher)
     note_full("a teacher", {**needed, "CPU": needed.get("CPU", 0) + 2 * TASK_CPUS}, note, stop)
     pump: Any = ray.remote(_Pump).options(**on_this_node()).remote()
     stream = pump.captured.options(num_returns="streaming").remote(work)

@@ -12,13 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from distill_ray import corpus, targets
 from distill_ray.config.sections import CorpusSection
 from distill_ray.errors import DistillError, IntegrityError
-from distill_ray.schema import DeadLetter, Sequence, TargetRows, Unit, UnitSummary
+from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, Unit, UnitSummary
 from distill_ray.storage import ConflictError, NotFoundError, Storage, StorageError
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import Engine
@@ -31,9 +30,6 @@ EngineFactory = Callable[[], Engine]
 
 _WRITES = 20
 """Attempts at writing one object that another driver writes too."""
-
-UNKNOWN_RECORD = -1
-"""`DeadLetter.record` of a sequence that the teacher refused: windows no longer know their record."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,3 @@ class Teacher:
         if self._refused is not None:
             raise self._refused
         return to_row(teach(self._engine, from_row(table)))
-
-
-def sequence_count(summaries: list[UnitSummary]) -> int:
-    """Sequences of all the units together."""
-    return int(np.sum([len(s.lengths) for s in summaries], dtype=np.int64))

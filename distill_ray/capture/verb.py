@@ -11,16 +11,20 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from distill_ray import corpus, targets, teacher
-from distill_ray.capture.stages import EngineFactory, sequence_count
+from distill_ray.capture.stages import EngineFactory
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import LeaseToken, publish, put_owned, read_published
-from distill_ray.schema import DeadLetter, Unit, UnitSummary
+from distill_ray.schema import DeadLetter, UnitSummary
 from distill_ray.storage import Storage, stage_folder
 from distill_ray.targets import CaptureIdentity, RunManifest
 from distill_ray.telemetry import Progress
+from distill_ray.units import Units, hashes_of, in_sorted, places_in, texts
 
 _INDEX_BATCH = 1000
 _INDEX_EVERY_S = 60.0
@@ -43,6 +47,9 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
         top_k=recipe.capture.top_k,
         temperatures=recipe.capture.temperatures,
         codec=CODEC_VERSION,
+        draws=recipe.capture.draws,
+        draws_from=recipe.capture.draws_from,
+        draws_temperature=recipe.capture.draws_temperature,
     )
 
 
@@ -80,16 +87,15 @@ def run(
     tokenizer = corpus.load_tokenizer(
         stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
     )
-    planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k)
+    planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k, draws=identity.draws)
     units = _of_this_version(recipe, storage, identity, planned)
     factory = engine_factory or partial(
         teacher.open_engine, recipe.teacher, recipe.capture, recipe.corpus.window_tokens
     )
     with progress("capture", len(units), "units") as bar:
-        done = targets.done_units(storage, identity, report=bar.note)
-        known = {u.hash: done[u.hash] for u in units if u.hash in done}
-        pending = [u for u in units if u.hash not in done]
-        bar.advance(len(known), reused=len(known))
+        pending = pending_units(storage, identity, units, bar.note)
+        counts = {"captured": len(pending), "reused": len(units) - len(pending), "captured_tokens": 0}
+        bar.advance(counts["reused"], reused=counts["reused"])
         if pending:
             from distill_ray.capture import pool
 
@@ -97,18 +103,28 @@ def run(
             stream = pool.summaries(work, stop, bar.note)
             with closing(stream), closing(_indexed(storage, identity, stream)) as finished:
                 for summary in finished:
-                    known[summary.unit] = summary
+                    counts["captured_tokens"] += int(summary.lengths.sum())
                     bar.advance(1, **_figures(summary))
-    _require_sequences(recipe, units, known)
-    _write_dead_letters(storage, token, identity, units, known)
-    entry = targets.write_run_manifest(storage, token, identity, units, known)
-    counts = {
-        "captured": len(pending),
-        "reused": len(units) - len(pending),
-        "captured_tokens": sum(int(known[u.hash].lengths.sum()) for u in pending),
-    }
+    # Read back rather than kept: captures take days, and summaries 16 bytes a sequence.
+    summaries, _ = targets.load_table(storage, identity, only=units.hashes)
+    _require_sequences(recipe, units, summaries)
+    _write_dead_letters(storage, token, identity, units, summaries)
+    entry = targets.write_run_manifest(storage, token, identity, units, summaries)
     publish(storage, token, "targets", entry | counts)
     return targets.read_run_manifest(storage, entry)
+
+
+def pending_units(storage: Storage, identity: CaptureIdentity, units: Units, report: Callable[[str], None]) -> Units:
+    """Those of the units that are not captured yet.
+
+    Args:
+        storage: the recipe's root.
+        identity: the capture.
+        units: the run's.
+        report: told of every broken or vanished target object.
+    """
+    done = targets.done_hashes(storage, identity, report=report)
+    return units.where(~in_sorted(done, units.hashes))
 
 
 def damage(storage: Storage, entry: Mapping[str, Any]) -> str | None:
@@ -118,13 +134,17 @@ def damage(storage: Storage, entry: Mapping[str, Any]) -> str | None:
         storage: the run's store.
         entry: "targets" of the run's record, whose document must be sound.
     """
-    manifest = targets.read_run_manifest(storage, entry)
-    sizes = {unit: info.size for unit, info in targets.target_objects(storage, manifest.fingerprint).items()}
-    bad = [u.unit for u in manifest.units if sizes.get(u.unit) != u.object_bytes]
-    return f"{len(bad)} of {len(manifest.units)} target objects missing or cut short (first: {bad[0]})" if bad else None
+    units = targets.read_run_manifest(storage, entry).units
+    hashes, sizes = targets.object_sizes(storage, entry["fingerprint"])
+    place, whole = places_in(hashes, units.hashes)
+    whole[whole] = sizes[place[whole]] == units.table["object_bytes"].to_numpy()[whole]
+    if whole.all():
+        return None
+    bad = units.hashes[~whole]
+    return f"{len(bad)} of {len(units)} target objects missing or cut short (first: {texts(bad[:1])[0]})"
 
 
-def _of_this_version(recipe: Recipe, storage: Storage, identity: CaptureIdentity, planned: list[Unit]) -> list[Unit]:
+def _of_this_version(recipe: Recipe, storage: Storage, identity: CaptureIdentity, planned: Units) -> Units:
     entry = read_published(storage, recipe.run_prefix).get("targets")
     if entry is None:
         return planned
@@ -141,15 +161,14 @@ def _of_this_version(recipe: Recipe, storage: Storage, identity: CaptureIdentity
                 "object, or let corpus.sources name the very sources of then, or give a new --version"
             ) from error
         return found
-    wanted = {u.unit: u for u in manifest.units}
-    units = [replace(u, multiplicity=wanted[u.hash].multiplicity) for u in planned if u.hash in wanted]
-    gone = wanted.keys() - {u.hash for u in units}
-    if gone:
+    wanted = manifest.units.hashes
+    gone = np.flatnonzero(~in_sorted(planned.hashes, wanted))
+    if len(gone):
         raise UserError(
             f"{len(gone)} of the {len(wanted)} units of version {recipe.version} are no longer in the corpus (one: of "
-            f"{wanted[min(gone)].source}); restore those sources, or give a new --version"
+            f"{manifest.units[gone[0]].source}); restore those sources, or give a new --version"
         )
-    return units
+    return planned.where(in_sorted(wanted, planned.hashes)).counted(manifest.units.table["multiplicity"].to_numpy())
 
 
 def _indexed(
@@ -177,24 +196,24 @@ def _figures(summary: UnitSummary) -> dict[str, float]:
     }
 
 
-def _require_sequences(recipe: Recipe, units: list[Unit], known: dict[str, UnitSummary]) -> None:
-    if sequence_count(list(known.values())) == 0:
-        dead = sum(s.dead for s in known.values())
+def _require_sequences(recipe: Recipe, units: Units, summaries: pa.Table) -> None:
+    if not any(len(chunk.flatten()) for chunk in summaries["lengths"].chunks):
         raise UserError(
-            f"none of the corpus's {dead} documents in {len(units)} units could be captured; the reasons lie in the "
-            f"units' dead letters (corpus.sources={list(recipe.corpus.sources)}): mend the documents or corpus.format"
+            f"none of the corpus's {summaries['dead'].to_numpy().sum()} documents in {len(units)} units could be "
+            f"captured; the reasons lie in the units' dead letters (corpus.sources={list(recipe.corpus.sources)}): "
+            "mend the documents or corpus.format"
         )
 
 
 def _write_dead_letters(
-    storage: Storage, token: LeaseToken, identity: CaptureIdentity, units: list[Unit], known: dict[str, UnitSummary]
+    storage: Storage, token: LeaseToken, identity: CaptureIdentity, units: Units, summaries: pa.Table
 ) -> None:
     """Write the run's `dead-letters.jsonl` anew from the units' own lists, so that no rerun lists one twice."""
+    having = hashes_of(summaries["unit"])[summaries["dead"].to_numpy() > 0]
     letters: list[DeadLetter] = []
-    for unit in units:
-        if known[unit.hash].dead:
-            # A unit captured by another run may have been read from another path.
-            found = targets.open_unit(storage, identity, unit.hash).dead
-            letters += [replace(letter, source=unit.source.uri) for letter in found]
+    for unit in units.where(in_sorted(having, units.hashes)):
+        # A unit captured by another run may have been read from another path.
+        found = targets.open_unit(storage, identity, unit.hash).dead
+        letters += [replace(letter, source=unit.source.uri) for letter in found]
     text = "".join(json.dumps(asdict(letter), ensure_ascii=False) + "\n" for letter in letters)
     put_owned(storage, token, f"{token.run_prefix}/dead-letters.jsonl", text.encode())

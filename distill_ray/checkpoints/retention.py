@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from distill_ray.checkpoints.manifest import PUBLISHED_PREFIX, published_checkpoints, step_name
+from distill_ray.checkpoints.universal import forget_universal
 from distill_ray.lease import LeaseToken
 from distill_ray.lease import publish as publish_entry
 from distill_ray.storage import Storage
@@ -29,6 +30,7 @@ def prune(storage: Storage, token: LeaseToken, *, keep: int) -> list[int]:
     dropped = [s for s in steps if s not in kept]
     for step in dropped:
         publish_entry(storage, token, PUBLISHED_PREFIX + step_name(step), None)
+        forget_universal(storage, token, step)
         _delete_folder(storage, _folder(entries[step]))
     _sweep(storage, token, {_folder(entries[s]) for s in kept})
     return dropped
@@ -46,8 +48,8 @@ def _folder(entry: dict[str, Any]) -> str:
 def _sweep(storage: Storage, token: LeaseToken, named: set[str]) -> None:
     root = f"{token.run_prefix}/checkpoints/"
     for info in list(storage.list(root)):
-        folder = info.key.rpartition("/")[0]
-        epoch = folder.rpartition("/e")[2]
+        step, epoch = info.key.removeprefix(root).split("/")[:2]
+        folder, epoch = f"{root}{step}/{epoch}", epoch.removeprefix("e")
         if folder not in named and epoch.isdigit() and int(epoch) < token.epoch:
             storage.delete(info.key)
 

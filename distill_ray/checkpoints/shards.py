@@ -75,6 +75,7 @@ def restore(storage: Storage, manifest: Manifest, names: Iterable[str], folder: 
         if file is None:
             raise IntegrityError(f"checkpoint of step {manifest.step} has no file {name}")
         path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             storage.download(manifest.key_of(name), path)
         except NotFoundError:

@@ -3,7 +3,16 @@
 Imports neither torch nor ray; `load_recipe` answers in milliseconds.
 """
 
-from distill_ray.config.kinds import Identity, Kind, Placement, Section, fingerprint, identity_of, kind_of
+from distill_ray.config.kinds import (
+    Identity,
+    Kind,
+    Placement,
+    Section,
+    canonical_json,
+    fingerprint,
+    identity_of,
+    kind_of,
+)
 from distill_ray.config.recipe import Recipe, load_recipe, parse_recipe
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "Placement",
     "Recipe",
     "Section",
+    "canonical_json",
     "fingerprint",
     "identity_of",
     "kind_of",

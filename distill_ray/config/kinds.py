@@ -20,7 +20,13 @@ class Kind(Enum):
     PLACEMENT = "placement"
 
 
+class _Silent:
+    """Marks a field that its fingerprint leaves out at the default."""
+
+
 Identity = Annotated[T, Kind.IDENTITY]
+AddedIdentity = Annotated[T, Kind.IDENTITY, _Silent()]
+"""Identity that came later: left out at its default, so that the fingerprints from before it still stand."""
 Placement = Annotated[T, Kind.PLACEMENT]
 Listed = Annotated[T, Field(strict=False)]
 """A tuple, for which TOML has lists; what it holds stays strict."""
@@ -39,6 +45,11 @@ def kind_of(model: type[BaseModel], field: str) -> Kind | None:
     return next((m for m in model.model_fields[field].metadata if isinstance(m, Kind)), None)
 
 
+def _is_silent(section: BaseModel, field: str) -> bool:
+    info = type(section).model_fields[field]
+    return getattr(section, field) == info.default and any(isinstance(m, _Silent) for m in info.metadata)
+
+
 def identity_of(section: BaseModel) -> dict[str, Any]:
     """The identity fields of a section as plain JSON values, nested sections included."""
     found: dict[str, Any] = {}
@@ -46,7 +57,7 @@ def identity_of(section: BaseModel) -> dict[str, Any]:
         value = getattr(section, name)
         if isinstance(value, Section) and kind_of(type(section), name) is None:
             found[name] = identity_of(value)
-        elif kind_of(type(section), name) is Kind.IDENTITY:
+        elif kind_of(type(section), name) is Kind.IDENTITY and not _is_silent(section, name):
             found[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return found
 
@@ -56,5 +67,9 @@ def fingerprint(identity: dict[str, Any]) -> str:
 
     Defaults count by value: a field left out and a field stated at its default give the same fingerprint.
     """
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:32]
+
+
+def canonical_json(identity: dict[str, Any]) -> str:
+    """The ASCII text whose SHA-256 a fingerprint is."""
+    return json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

@@ -58,7 +58,12 @@ class LossSection(Section):
     @property
     def needs_draws(self) -> bool:
         """Whether the objective takes tokens drawn from the teacher instead of its top k."""
-        return self.objective in ("sampled", "head_tail")
+        return self.draws_from is not None
+
+    @property
+    def draws_from(self) -> str | None:
+        """What the objective's draws are made from, as `capture.draws_from` names it; None where it needs none."""
+        return {"sampled": "all", "head_tail": "tail"}.get(self.objective)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from distill_ray.config.kinds import Placement, Section
 from distill_ray.config.loss import LossSection
 from distill_ray.config.sections import (
+    AuditSection,
     CaptureSection,
     CorpusSection,
     EvaluateSection,
@@ -44,6 +45,7 @@ class Recipe(Section):
     corpus: CorpusSection
     teacher: TeacherSection
     capture: CaptureSection = CaptureSection()
+    audit: AuditSection = AuditSection()
     student: StudentSection
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
@@ -66,12 +68,11 @@ class Recipe(Section):
                     f"{list(self.capture.temperatures)}); the tail mass at T cannot be known from the kept tokens: "
                     f"add {T} to capture.temperatures"
                 )
-        # Goes once capture keeps draws: then it is the capture section that says which there are.
-        if self.loss.needs_draws:
+        self._draws_serve_the_loss()
+        if self.audit.engine == "transformers" and self.teacher.quantization is not None:
             raise ValueError(
-                f'loss.objective="{self.loss.objective}" needs tokens drawn in the teacher process, but capture keeps '
-                f"the exact top {self.capture.top_k} only, and drawing from these would be biased: use "
-                'objective = "bucket"'
+                f'audit.engine="transformers" cannot load teacher.quantization={self.teacher.quantization!r}, which is '
+                'vLLM\'s; use audit.engine = "vllm"'
             )
         if self.train.pack_tokens < self.corpus.window_tokens:
             raise ValueError(
@@ -79,6 +80,24 @@ class Recipe(Section):
                 f"{self.corpus.window_tokens}: a full window would not fit one packed row; raise pack_tokens"
             )
         return self
+
+    def _draws_serve_the_loss(self) -> None:
+        loss, capture = self.loss, self.capture
+        if not loss.needs_draws:
+            return
+        if not capture.draws or capture.draws_from != loss.draws_from:
+            whole = {"all": "the teacher's whole distribution", "tail": f"outside its top {capture.top_k}"}
+            raise ValueError(
+                f'loss.objective="{loss.objective}" needs tokens drawn from {whole[str(loss.draws_from)]} in the '
+                f"teacher's process, but capture.draws={capture.draws} and capture.draws_from="
+                f'"{capture.draws_from}"; set capture.draws = {capture.draws or 50} and capture.draws_from = '
+                f'"{loss.draws_from}", or use objective = "bucket"'
+            )
+        if loss.temperature != capture.draws_temperature:
+            raise ValueError(
+                f"loss.temperature={loss.temperature}, but tokens are drawn at capture.draws_temperature="
+                f"{capture.draws_temperature}, and another temperature needs other draws; set both to one value"
+            )
 
     @property
     def run_prefix(self) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from distill_ray.config.kinds import Identity, Listed, Placement, Section
+from distill_ray.config.kinds import AddedIdentity, Identity, Listed, Placement, Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -101,6 +101,13 @@ class CaptureSection(Section):
     """Teacher tokens kept per position."""
     temperatures: Identity[Listed[tuple[float, ...]]] = (1.0,)
     """Temperatures at which the tail mass is stored exactly; 1.0 always is. Each 0.05 to 20."""
+    draws: AddedIdentity[int] = Field(default=0, ge=0, le=4095)
+    """Tokens drawn from the teacher per position, with replacement, beside the kept ones; 0 to 4,095. About 50 serve
+    the `sampled` objective, fewer `head_tail`."""
+    draws_from: AddedIdentity[Literal["all", "tail"]] = "all"
+    """`all`: the whole distribution (objective `sampled`); `tail`: everything outside the kept tokens (`head_tail`)."""
+    draws_temperature: AddedIdentity[float] = 1.0
+    """Temperature that is drawn at; one of `temperatures`, and that of the loss."""
 
     @field_validator("temperatures")
     @classmethod
@@ -110,10 +117,39 @@ class CaptureSection(Section):
                 raise ValueError(f"temperature {t} is outside 0.05 … 20")
         return tuple(sorted({1.0, *map(float, value)}))
 
+    @model_validator(mode="after")
+    def _draws_agree(self) -> Self:
+        if not self.draws and (self.draws_from, self.draws_temperature) != ("all", 1.0):
+            raise ValueError(
+                f'draws_from="{self.draws_from}" and draws_temperature={self.draws_temperature} have no effect with '
+                "draws=0; remove them or set draws, say draws = 50"
+            )
+        if self.draws_temperature not in self.temperatures:
+            raise ValueError(
+                f"draws_temperature={self.draws_temperature} is not one of temperatures={list(self.temperatures)}: "
+                f"log p at T needs that normaliser; add {self.draws_temperature} to capture.temperatures"
+            )
+        return self
+
     @property
     def extra_temperatures(self) -> tuple[float, ...]:
         """The temperatures other than 1, ascending."""
         return tuple(t for t in self.temperatures if t != 1.0)
+
+
+class AuditSection(Section):
+    sequences: Placement[int] = Field(default=8, ge=0)
+    """Stored sequences scored again before training, one of each unit before a second of any; 0: train unaudited."""
+    units: Placement[Listed[tuple[str, ...]]] = ()
+    """Units (hashes) scored again whole, instead of a sample."""
+    engine: Placement[Literal["auto", "vllm", "transformers"]] = "auto"
+    """`vllm`: its public path, never the one inside its workers; `transformers`: the dense reference; `auto`: that of
+    teacher.engine."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is scored again."""
+        return bool(self.sequences or self.units)
 
 
 class LoraSection(Section):

@@ -121,11 +121,7 @@ def index_source(uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage | N
     Raises:
         UserError: the source is damaged, or changed while it was read.
     """
-    about: dict[str, Any] = {"format": _FORMAT, "uri": uri, "version": info.version, "size": info.size}
-    if container_of(uri).startswith("jsonl"):
-        about["unit_bytes"] = unit_bytes
-    key = _cache_key(uri, info)
-    found = _cached(cache, key, about) if cache else None
+    found = _cached(cache, _cache_key(uri, info), _about(uri, info, unit_bytes)) if cache else None
     if found is None:
         found = _read(uri, info, unit_bytes)
         store, name = locate(uri)
@@ -134,5 +130,16 @@ def index_source(uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage | N
             # Pieces of two versions would be cached as one content.
             raise UserError(f"corpus source {uri} changed while it was read; run again when it is whole")
         if cache:
-            cache.put(key, json.dumps({"about": about, "index": asdict(found)}).encode())
+            keep_index(cache, uri, info, unit_bytes, found)
     return found
+
+
+def keep_index(cache: Storage, uri: str, info: ObjectInfo, unit_bytes: int, index: SourceIndex) -> None:
+    """Put the index of one source version into the cache."""
+    text = json.dumps({"about": _about(uri, info, unit_bytes), "index": asdict(index)})
+    cache.put(_cache_key(uri, info), text.encode())
+
+
+def _about(uri: str, info: ObjectInfo, unit_bytes: int) -> dict[str, Any]:
+    about: dict[str, Any] = {"format": _FORMAT, "uri": uri, "version": info.version, "size": info.size}
+    return about | {"unit_bytes": unit_bytes} if container_of(uri).startswith("jsonl") else about

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
 
 from distill_ray.codec import row_bytes
-from distill_ray.config import fingerprint
+from distill_ray.config import canonical_json
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.containers import container_of
 from distill_ray.corpus.index import SourceIndex, index_source
 from distill_ray.errors import UserError
-from distill_ray.schema import SourceSlice, Unit
+from distill_ray.schema import DRAW_BYTES, ROW_DRAW_BYTES
 from distill_ray.storage import ObjectInfo, Storage, glob_sources
+from distill_ray.units import KINDS, ROW, Source, Units
 
 CHUNKING_VERSION = 1
 """Raised whenever the same slice would give other sequences."""
@@ -89,52 +94,57 @@ def _slices(section: CorpusSection, index: SourceIndex, container: str) -> Itera
             yield "lines", start, stop, stop - start
 
 
-def most_unit_tokens(top_k: int) -> int:
-    """Tokens of a unit whose target object is as large as one may be, 1 GiB."""
-    return _MOST_OBJECT_BYTES // (row_bytes(top_k, _LARGE_VOCABULARY) + _SIDE_BYTES)
+def most_unit_tokens(top_k: int, draws: int = 0) -> int:
+    """Tokens of a unit whose target object is as large as one may be, 1 GiB, all `draws` of a row being distinct."""
+    drawn = DRAW_BYTES * draws + ROW_DRAW_BYTES if draws else 0
+    return _MOST_OBJECT_BYTES // (row_bytes(top_k, _LARGE_VOCABULARY) + _SIDE_BYTES + drawn)
 
 
-def most_unit_bytes(section: CorpusSection, top_k: int) -> int:
+def most_unit_bytes(section: CorpusSection, top_k: int, draws: int = 0) -> int:
     """Source bytes of a unit beyond which planning refuses it: ordinary text takes 3 to 5 bytes a token, here 2."""
     fresh = (section.window_tokens - section.window_overlap) / section.window_tokens
-    return int(most_unit_tokens(top_k) * _BYTES_PER_TOKEN * fresh)
+    return int(most_unit_tokens(top_k, draws) * _BYTES_PER_TOKEN * fresh)
 
 
-def check_unit_bytes(section: CorpusSection, top_k: int) -> None:
+def _kept(top_k: int, draws: int) -> str:
+    return f"capture.top_k={top_k}" + (f" and capture.draws={draws}" if draws else "")
+
+
+def check_unit_bytes(section: CorpusSection, top_k: int, draws: int = 0) -> None:
     """Raises UserError where units of the recipe's own size would already be too large."""
-    most = most_unit_bytes(section, top_k)
+    most = most_unit_bytes(section, top_k, draws)
     if section.unit_bytes > most:
         raise UserError(
-            f"corpus.unit_bytes={section.unit_bytes}: with capture.top_k={top_k} a unit's target object might exceed "
-            f"{_MOST_OBJECT_BYTES:,} bytes; use at most {most // _LARGE_GROUP}"
+            f"corpus.unit_bytes={section.unit_bytes}: with {_kept(top_k, draws)} a unit's target object might "
+            f"exceed {_MOST_OBJECT_BYTES:,} bytes; use at most {most // _LARGE_GROUP}"
         )
 
 
-def _check_size(section: CorpusSection, top_k: int, unit: Unit) -> None:
-    most = most_unit_bytes(section, top_k)
-    if unit.bytes <= most:
-        return
+def _too_large(section: CorpusSection, top_k: int, draws: int, uri: str, piece: Slice) -> UserError:
+    most = most_unit_bytes(section, top_k, draws)
+    kind, start, stop, size = piece
     what, remedy = {
         "file": ("a text file is one document", "split the file, or write JSONL with a document on each line"),
         "lines": ("a line is one document", "split its longest document into several lines"),
-    }.get(unit.source.kind, ("a row is one document", f"use corpus.unit_bytes = {most // _LARGE_GROUP} or split rows"))
-    raise UserError(
-        f"corpus source {unit.source.uri}: {unit.source.kind} {unit.source.start} to {unit.source.stop} have "
-        f"{unit.bytes:,} bytes, and with capture.top_k={top_k} one unit may have {most:,}, so that its target object "
-        f"stays below {_MOST_OBJECT_BYTES:,} bytes ({what}); {remedy}"
+    }.get(kind, ("a row is one document", f"use corpus.unit_bytes = {most // _LARGE_GROUP} or split rows"))
+    return UserError(
+        f"corpus source {uri}: {kind} {start} to {stop} have {size:,} bytes, and with {_kept(top_k, draws)} one unit "
+        f"may have {most:,}, so that its target object stays below {_MOST_OBJECT_BYTES:,} bytes ({what}); {remedy}"
     )
 
 
-def _units_of(
-    section: CorpusSection, tokenizer_id: str, uri: str, info: ObjectInfo, index: SourceIndex
-) -> Iterator[Unit]:
-    container = container_of(uri)
-    for kind, start, stop, size in _slices(section, index, container):
-        identity = {
+def _hasher(section: CorpusSection, tokenizer_id: str, container: str, content: str) -> Callable[[Slice], str]:
+    """Slice of one source → `fingerprint` of everything that decides its sequences.
+
+    A million units of a few thousand sources differ in their slice alone: what is around it is written once a source.
+    """
+    hole = "\0"
+    text = canonical_json(
+        {
             "chunking": CHUNKING_VERSION,
             "container": container,
-            "content": index.sha256,
-            "slice": [kind, start, stop],
+            "content": content,
+            "slice": hole,
             "tokenizer": tokenizer_id,
             "format": section.format,
             "text_column": section.text_column if section.format == "text" and container != "txt" else None,
@@ -142,13 +152,30 @@ def _units_of(
             "window_overlap": section.window_overlap,
             "unit_bytes": section.unit_bytes,
         }
-        source = SourceSlice(uri, index.sha256, kind, start, stop, info.version)
-        yield Unit(fingerprint(identity), source, size)
+    )
+    before, _, after = text.partition(json.dumps(hole))
+
+    def hash_of(piece: Slice) -> str:
+        kind, start, stop, _ = piece
+        return hashlib.sha256(f'{before}["{kind}",{start},{stop}]{after}'.encode()).hexdigest()[:32]
+
+    return hash_of
+
+
+def _indices(
+    section: CorpusSection, sources: Mapping[str, ObjectInfo], cache: Storage | None
+) -> Iterator[tuple[str, SourceIndex]]:
+    """The index of each source, in the order of their URIs; only those that are ahead of the caller are held."""
+    with ThreadPoolExecutor(min(_THREADS, max(1, len(sources)))) as pool:
+        uris = sorted(sources)
+        yield from zip(
+            uris, pool.map(lambda uri: index_source(uri, sources[uri], section.unit_bytes, cache), uris), strict=True
+        )
 
 
 def plan_units(
-    section: CorpusSection, tokenizer_id: str, cache: Storage | None, *, top_k: int | None = None
-) -> list[Unit]:
+    section: CorpusSection, tokenizer_id: str, cache: Storage | None, *, top_k: int | None = None, draws: int = 0
+) -> Units:
     """All units of the corpus, sorted by hash; equal content is one unit with a multiplicity.
 
     Args:
@@ -156,32 +183,35 @@ def plan_units(
         tokenizer_id: `tokenizer_identity` of the teacher's tokenizer.
         cache: root storage, where one small object per source version keeps its hash and layout; None reads all.
         top_k: K of the capture, which bounds the size of a unit; None: not checked.
+        draws: draws a row, which bound it too.
 
     Raises:
         UserError: a source is missing, damaged, of unknown format or without the needed columns, or nothing is in
             them; or a unit's target object might exceed 1 GiB.
     """
     # A file that two globs name is one source; two files with the same bytes are a multiplicity of 2.
-    sources = {uri: info for pattern in section.sources for uri, info in glob_sources(pattern)}
-    for uri in sources:
+    infos = {uri: info for pattern in section.sources for uri, info in glob_sources(pattern)}
+    for uri in infos:
         container_of(uri)
-    with ThreadPoolExecutor(min(_THREADS, max(1, len(sources)))) as pool:
-        pending = {
-            uri: pool.submit(index_source, uri, info, section.unit_bytes, cache) for uri, info in sources.items()
-        }
-        indices = {uri: future.result() for uri, future in pending.items()}
-    found: dict[str, Unit] = {}
-    for uri, index in sorted(indices.items()):
-        check_columns(section, uri, index.columns)
-        for unit in _units_of(section, tokenizer_id, uri, sources[uri], index):
-            if top_k is not None:
-                _check_size(section, top_k, unit)
-            known = found.get(unit.hash)
-            found[unit.hash] = dataclasses.replace(known, multiplicity=known.multiplicity + 1) if known else unit
-    total = sum(unit.bytes for unit in found.values())
-    if not total:
+    sources: list[Source] = []
+    most = 0 if top_k is None else most_unit_bytes(section, top_k, draws)
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for uri, index in _indices(section, infos, cache):
+            check_columns(section, uri, index.columns)
+            sources.append(Source(uri, index.sha256, infos[uri].version))
+            container = container_of(uri)
+            hash_of = _hasher(section, tokenizer_id, container, index.sha256)
+            for piece in _slices(section, index, container):
+                kind, start, stop, size = piece
+                if top_k is not None and size > most:
+                    raise _too_large(section, top_k, draws, uri, piece)
+                yield hash_of(piece), len(sources) - 1, KINDS.index(kind), start, stop, size, 1
+
+    units = Units.merged(np.fromiter(rows(), ROW), tuple(sources))
+    if not units.rows["bytes"].any():
         raise UserError(
-            f"the corpus is empty: {len(sources)} source(s) match corpus.sources = {list(section.sources)} and hold "
-            f"{len(found)} unit(s) of 0 bytes; add text"
+            f"the corpus is empty: {len(infos)} source(s) match corpus.sources = {list(section.sources)} and hold "
+            f"{len(units)} unit(s) of 0 bytes; add text"
         )
-    return sorted(found.values(), key=lambda unit: unit.hash)
+    return units

@@ -88,3 +88,11 @@ def target_figures(manifest: RunManifest) -> reports.TargetFigures:
         mean_kept_mass=manifest.mean_kept_mass,
         dead_letters=manifest.dead,
     )
+
+
+def audit_figures(published: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the published audit of the run's very targets compared; None where there is no such audit."""
+    entry = published.get("audit")
+    if entry is None or not entry["passed"] or entry["targets"] != published["targets"]["sha256"]:
+        return None
+    return {name: entry[name] for name in ("path", "dtype", "units", "sequences", "rows", "worst_nats", "tolerance")}

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from distill_ray import report as reports
 from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import DistillError, IntegrityError
-from distill_ray.evaluate.figures import rates, recipe_fields, run_identity, target_figures, token_counts, untimed_units
+from distill_ray.evaluate.figures import (
+    audit_figures,
+    rates,
+    recipe_fields,
+    run_identity,
+    target_figures,
+    token_counts,
+    untimed_units,
+)
 from distill_ray.evaluate.scoring import ScoringJob, score_remotely
 from distill_ray.ingest import BatchPlan, build_plan
 from distill_ray.lease import LeaseToken, read_document, read_published
@@ -87,6 +95,7 @@ def run(
         targets=target_figures(manifest),
         history=history,
         require=recipe.evaluate.require,
+        audit=audit_figures(published),
     )
     _publish(recipe, storage, token, report, history)
     return report

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill_ray import codec
 from distill_ray.errors import CannotCaptureError, IntegrityError, UserError
+from distill_ray.ingest.drawn import DrawnRows
 from distill_ray.ingest.plan import Pack, SeqRef
 from distill_ray.losses import SparseTargets
 from distill_ray.targets import StoredSequence
@@ -66,6 +67,8 @@ class TargetFormat:
     temperature: float = 1.0
     student_ids: int | None = None
     """Ids that the student's softmax runs over; None: all of `vocab_size`."""
+    draws_from: str | None = None
+    """Make targets of what was drawn from "all" of the distribution or from its "tail"; None: of the exact top k."""
 
 
 @dataclass
@@ -78,10 +81,11 @@ class _Rows:
     log_tail_T: list[np.ndarray]
     actual_logprob: list[np.ndarray]
     actual_rank: list[np.ndarray]
+    drawn: DrawnRows
     origins: list[tuple[SeqRef, np.ndarray]] = field(default_factory=list)
     """The sequence of each document and which of its rows are supervised."""
 
-    def add(self, at: int, ref: SeqRef, stored: StoredSequence, temperature: float) -> None:
+    def add(self, at: int, ref: SeqRef, stored: StoredSequence, form: TargetFormat) -> None:
         # Row t predicts token t + 1, so it is supervised where the mask of token t + 1 says so.
         rows = np.flatnonzero(stored.loss_mask[1:])
         if len(rows) != ref.supervised:
@@ -95,7 +99,13 @@ class _Rows:
         self.packed.append(stored.packed_NB[rows])
         self.actual_logprob.append(stored.actual_logprob_N[rows])
         self.actual_rank.append(stored.actual_rank_N[rows])
-        if temperature != 1.0:
+        if form.draws_from is not None:
+            if stored.draws is None:
+                raise CannotCaptureError(
+                    f"unit {ref.unit} holds no tokens drawn from the teacher; set capture.draws and capture again"
+                )
+            self.drawn.add(stored.draws, rows)
+        if (temperature := form.temperature) != 1.0:
             if temperature not in stored.log_tail_at:
                 raise CannotCaptureError(
                     f"unit {ref.unit} holds temperatures {[1.0, *stored.log_tail_at]}, not {temperature}; add it to "
@@ -108,13 +118,13 @@ def _decode(rows: _Rows, form: TargetFormat) -> SparseTargets:
     packed = np.concatenate([np.zeros((0, codec.row_bytes(form.top_k, form.vocab_size)), np.uint8), *rows.packed])
     ids, logprobs, log_tail = codec.decode(packed, form.top_k, form.vocab_size)
     if form.student_ids is not None and ids.max(initial=-1) >= form.student_ids:
-        _refuse_kept(rows, ids, form.student_ids)
+        _refuse_ids(rows, ids, form.student_ids, "keeps")
     at_T: tuple[Tensor | None, Tensor | None] = (None, None)
     if form.temperature != 1.0:
         log_tail_T = _joined(rows.log_tail_T, np.float32)
         logprobs_T = codec.at_temperature(logprobs, log_tail_T, form.temperature)
         at_T = (torch.from_numpy(np.asarray(logprobs_T, np.float32)), torch.from_numpy(log_tail_T))
-    return SparseTargets(
+    head = SparseTargets(
         torch.from_numpy(ids.astype(np.int64)),
         torch.from_numpy(logprobs),
         torch.from_numpy(log_tail),
@@ -123,22 +133,28 @@ def _decode(rows: _Rows, form: TargetFormat) -> SparseTargets:
         form.temperature,
         *at_T,
     )
+    if form.draws_from is None:
+        return head
+    drawn = rows.drawn.padded()
+    if form.student_ids is not None and drawn.ids_NM.max(initial=-1) >= form.student_ids:
+        _refuse_ids(rows, drawn.ids_NM, form.student_ids, "drew")
+    return drawn.targets(head, form.draws_from)
 
 
-def _refuse_kept(rows: _Rows, ids_NK: np.ndarray, limit: int) -> None:
-    """Name the first row that keeps an id the student has no logit for."""
+def _refuse_ids(rows: _Rows, ids_NK: np.ndarray, limit: int, verb: str) -> None:
+    """Name the first row that keeps, or drew, an id the student has no logit for."""
     start = 0
     for ref, index in rows.origins:
         high = ids_NK[start : start + len(index)].max(axis=1)
         start += len(index)
         for row in np.flatnonzero(high >= limit)[:1]:
-            raise _beyond_student(ref, f"row {index[row]} keeps id {high[row]}", limit)
+            raise _beyond_student(ref, f"row {index[row]} {verb} id {high[row]}", limit)
 
 
 def _beyond_student(ref: SeqRef, fact: str, limit: int) -> UserError:
     return UserError(
         f"unit {ref.unit} sequence {ref.index} {fact}, but the student has logits for ids below {limit} only; choose "
-        "a student with as many embedding rows as the teacher, or capture with a lower capture.top_k"
+        "a student with as many embedding rows as the teacher, or capture with a lower capture.top_k and no draws"
     )
 
 
@@ -169,14 +185,14 @@ def collate(
 
     Raises:
         IntegrityError: a stored sequence is not what the manifest says.
-        CannotCaptureError: the temperature was not captured.
-        UserError: a kept id or a token is beyond the student's rows.
+        CannotCaptureError: the temperature was not captured, or the draws were not.
+        UserError: a kept or drawn id or a token is beyond the student's rows.
     """
     width = _width(packs, pack_tokens)
     ids = np.zeros((len(packs), width), np.int64)
     positions = np.zeros_like(ids)
     documents = np.full_like(ids, -1)
-    rows = _Rows([], [], [], [], [], [])
+    rows = _Rows([], [], [], [], [], [], DrawnRows())
     for b, pack in enumerate(packs):
         at = 0
         for number, ref in enumerate(pack):
@@ -192,7 +208,7 @@ def collate(
             ids[b, span] = stored.tokens
             positions[b, span] = np.arange(ref.length)
             documents[b, span] = number
-            rows.add(b * width + at, ref, stored, form.temperature)
+            rows.add(b * width + at, ref, stored, form)
             at += ref.length
     return PackedBatch(
         torch.from_numpy(ids),

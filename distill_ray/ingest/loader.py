@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Self
 
+from distill_ray.errors import CannotCaptureError
 from distill_ray.ingest.batch import PackedBatch, TargetFormat, collate
 from distill_ray.ingest.plan import BatchPlan, Pack
 from distill_ray.ingest.units import UnitCache, open_cache
@@ -40,6 +41,7 @@ class PackLoader:
         temperature: distillation temperature, or that of each global batch; must have been captured.
         student_ids: ids that the student's softmax runs over, where fewer than the teacher's; a kept id beyond them is
             refused.
+        draws: make targets of the tokens drawn from the teacher, as the `sampled` and `head_tail` objectives take them.
         rank: of this worker.
         world: number of workers.
         micro_batch_packs: packs of one forward pass.
@@ -56,6 +58,7 @@ class PackLoader:
         *,
         temperature: float | Callable[[int], float] = 1.0,
         student_ids: int | None = None,
+        draws: bool = False,
         rank: int = 0,
         world: int = 1,
         micro_batch_packs: int = 1,
@@ -68,6 +71,7 @@ class PackLoader:
         self._plan = plan
         self._rank, self._world, self._micro_batch_packs = rank, world, micro_batch_packs
         self._identity, self._temperature, self._student_ids = identity, temperature, student_ids
+        self._draws = draws
         self._units = cache or open_cache(storage, identity, plan.units)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="pack-loader")
         self._work = self._micro_batches(start_step)
@@ -85,7 +89,14 @@ class PackLoader:
 
     def _load(self, step: int, micro: int, micro_steps: int, packs: list[Pack]) -> PackedBatch:
         temperature = self._temperature(step) if callable(self._temperature) else self._temperature
-        form = TargetFormat(self._identity.top_k, self._identity.vocab_size, temperature, self._student_ids)
+        if self._draws and temperature != self._identity.draws_temperature:
+            raise CannotCaptureError(
+                f"the loss takes draws at temperature {temperature}, but tokens were drawn at "
+                f"{self._identity.draws_temperature}; set capture.draws_temperature and capture again"
+            )
+        identity = self._identity
+        draws_from = identity.draws_from if self._draws else None
+        form = TargetFormat(identity.top_k, identity.vocab_size, temperature, self._student_ids, draws_from)
         found = collate(packs, lambda ref: self._units.get(ref.unit).sequence(ref.index), form, self._plan.pack_tokens)
         supervised = self._plan.supervised(step)
         return replace(found, step=step, micro=micro, micro_steps=micro_steps, supervised=supervised)

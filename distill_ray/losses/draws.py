@@ -1,11 +1,13 @@
 """Targets made of tokens drawn in the teacher's process, for the `sampled` and `head_tail` objectives.
 
-This is where a store that holds draws plugs in: what captures them keeps ids, counts and log-probabilities, and the
-reader makes `SparseTargets` of them here. Draws come from the full distribution (or its whole tail) at the temperature
-of the loss: drawn from a truncated top k, they would be biased, and another temperature would need other draws.
+Capture keeps ids, counts and log-probabilities, and whoever reads them makes `SparseTargets` of them here. Draws come
+from the full distribution (or its whole tail) at the temperature of the loss: drawn from a truncated top k, they would
+be biased, and another temperature would need other draws.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,16 +26,19 @@ def drawn_targets(
     *,
     temperature: float = 1.0,
     logprobs_T: Tensor | None = None,
+    head: SparseTargets | None = None,
 ) -> SparseTargets:
     """Targets of `sampled`: tokens drawn from the full p, with weights counts / Σ counts.
 
     Args:
         ids_NM: int64, distinct within a row where counted; slots of count 0 may hold any id of the vocabulary.
         counts_NM: how often each was drawn at `temperature`, 0 in unused slots.
-        logprobs_NM: the teacher's log-probabilities at T = 1, finite in unused slots too.
+        logprobs_NM: the teacher's log-probabilities at T = 1, in unused slots any finite ones.
         labels_N: int64 actual next tokens.
         temperature: that the draws were made at.
         logprobs_T: log-probabilities at `temperature`; None at T = 1.
+        head: the exact top k of the same rows, where it is known: its likeliest token then stands first, drawn or not,
+            with weight 0, so that agreement is judged on it.
 
     Raises:
         ValueError: a row without a draw.
@@ -46,7 +51,7 @@ def drawn_targets(
     counts_NM, ids_NM = counts_NM.gather(1, order_NM), ids_NM.gather(1, order_NM)
     at_1_NM = logprobs_NM.gather(1, order_NM)
     at_T_NM = None if logprobs_T is None else logprobs_T.gather(1, order_NM)
-    return SparseTargets(
+    targets = SparseTargets(
         ids_NM,
         at_1_NM,
         _log_left(at_1_NM, counts_NM),
@@ -56,6 +61,29 @@ def drawn_targets(
         log_tail_T=None if at_T_NM is None else _log_left(at_T_NM, counts_NM),
         weights_NK=(counts_NM / total_N1).to(torch.promote_types(logprobs_NM.dtype, torch.float32)),
     )
+    return targets if head is None else _headed(targets, head)
+
+
+def _headed(drawn: SparseTargets, head: SparseTargets) -> SparseTargets:
+    assert drawn.weights_NK is not None
+
+    def first(of_head: Tensor | None, of_drawn: Tensor | None) -> Tensor | None:
+        return None if of_head is None or of_drawn is None else torch.cat([of_head[:, :1], of_drawn], 1)
+
+    return replace(
+        drawn,
+        ids_NK=first(head.ids_NK, drawn.ids_NK),
+        logprobs_NK=first(head.logprobs_NK, drawn.logprobs_NK),
+        logprobs_T=first(head.logprobs_T, drawn.logprobs_T),
+        weights_NK=first(torch.zeros_like(drawn.weights_NK), drawn.weights_NK),
+    )
+
+
+def _among(ids_NM: Tensor, sought_NK: Tensor) -> Tensor:
+    """[N, M] whether each id is one of the row's K others."""
+    sorted_NK = sought_NK.sort(1).values
+    at_NM = torch.searchsorted(sorted_NK, ids_NM).clamp_(max=sorted_NK.shape[1] - 1)
+    return sorted_NK.gather(1, at_NM) == ids_NM
 
 
 def _log_left(logprobs_NM: Tensor, counts_NM: Tensor) -> Tensor:
@@ -65,30 +93,40 @@ def _log_left(logprobs_NM: Tensor, counts_NM: Tensor) -> Tensor:
 
 
 def head_tail_targets(
-    head: SparseTargets, ids_NM: Tensor, logprobs_NM: Tensor, logprobs_T: Tensor | None = None
+    head: SparseTargets,
+    ids_NM: Tensor,
+    logprobs_NM: Tensor,
+    logprobs_T: Tensor | None = None,
+    counts_NM: Tensor | None = None,
 ) -> SparseTargets:
     """Targets of `head_tail`: the exact top k with weights p, and m draws from the tail with (1 − P)/m each.
 
     Args:
         head: the exact top k, at the temperature of the draws.
-        ids_NM: int64 ids drawn from the tail; a token drawn twice stands twice.
-        logprobs_NM: the teacher's log-probabilities of them at T = 1.
+        ids_NM: int64 ids drawn from the tail; without counts, a token drawn twice stands twice.
+        logprobs_NM: the teacher's log-probabilities of them at T = 1, in unused slots any finite ones.
         logprobs_T: at `head.temperature`; None at T = 1.
+        counts_NM: how often each was drawn, 0 in unused slots, whose ids may be any. A row may have no draw at all
+            where its tail is empty. None: once each.
 
     Raises:
         ValueError: no draws, or a draw that is in the head: it would be counted twice.
     """
-    m = ids_NM.shape[1]
-    if not m:
+    counts_NM = torch.ones_like(ids_NM) if counts_NM is None else counts_NM
+    if not ids_NM.shape[1]:
         raise ValueError("no tail draws: 0 a row; take objective `truncated` or `bucket` on the head alone")
-    twice_N = (ids_NM[:, :, None] == head.ids_NK[:, None, :]).flatten(1).any(1)
+    twice_N = (_among(ids_NM, head.ids_NK) & (counts_NM > 0)).any(1)
     if twice_N.any():
         raise ValueError(
             f"{int(twice_N.sum())} of {len(twice_N)} rows draw a tail token that is among their top "
             f"{head.ids_NK.shape[1]}; tail draws exclude the head"
         )
     log_p_NK, log_tail_N = head.at(head.temperature)
-    tail_NM = (log_tail_N.exp() / m)[:, None].expand(-1, m)
+    total_N1 = counts_NM.sum(1, keepdim=True)
+    bare_N = (total_N1[:, 0] == 0) & (log_tail_N > _LOG_EMPTY / 2)
+    if bare_N.any():
+        raise ValueError(f"{int(bare_N.sum())} of {len(bare_N)} rows have a tail and no draw of it; capture them again")
+    tail_NM = log_tail_N.exp()[:, None] * counts_NM / total_N1.clamp_min(1)
     at_T = None if head.temperature == 1.0 or logprobs_T is None else torch.cat([log_p_NK, logprobs_T], 1)
     return SparseTargets(
         torch.cat([head.ids_NK, ids_NM], 1),

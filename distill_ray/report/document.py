@@ -90,6 +90,7 @@ def build_report(
     targets: TargetFigures,
     history: list[dict[str, float]],
     require: Mapping[str, float],
+    audit: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as plain JSON values.
 
@@ -97,6 +98,7 @@ def build_report(
         recipe: the fields whose fingerprint is `identity.recipe`, as JSON values.
         history: one entry a training step: `step`, `loss`, `ce`, `kl_t`, `kl_t1`, …
         require: bounds of `evaluate.require`.
+        audit: figures of the audit that these targets passed before training; None where there was none.
 
     Raises:
         UserError: a metric is not finite, or a bound names an unknown metric.
@@ -112,6 +114,7 @@ def build_report(
         "timings": asdict(timings),
         "tokens": asdict(tokens),
         "targets": asdict(targets),
+        "audit": None if audit is None else dict(audit),
         "training": {"steps": len(history), **({"first": history[0], "last": history[-1]} if history else {})},
         "calibration": {model: s.calibration() for model, s in sums.items()},
         "kept_mass": evaluation.kept_mass.to_json(),

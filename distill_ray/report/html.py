@@ -49,6 +49,8 @@ def render_html(report: dict[str, Any], history: list[dict[str, float]]) -> str:
         _plots(report, history),
         "<h2>Cost</h2>",
         _cost_table(report),
+        "<h2>Audit of the targets before training</h2>",
+        _audit(report.get("audit")),
         "<h2>Identity</h2>",
         _table(((key, value) for key, value in identity.items()), value_class="hash"),
         "<h2>How the figures are defined</h2>",
@@ -127,6 +129,19 @@ def _rate(report: dict[str, Any], stage: str) -> str:
     return ("not measured" if value is None else f"{value:,.0f}") + (
         f" (capture time of {untimed:,} of {units:,} units not known)" if untimed else ""
     )
+
+
+def _audit(audit: dict[str, Any] | None) -> str:
+    if audit is None:
+        return '<p class="soft">The student was trained on targets that no audit compared with the teacher.</p>'
+    tolerance = audit["tolerance"]
+    rows = [
+        ("Scored again by", f"{audit['path']}, {audit['dtype']}"),
+        ("Sample", f"{audit['sequences']:,} sequences of {audit['units']:,} units, {audit['rows']:,} rows"),
+        ("Largest |Δ log p| beyond the codec's rounding", f"{audit['worst_nats']:.1e} nats"),
+        ("Allowed", f"{tolerance['logprob']:g} nats, {tolerance['row_mass']:g} of a row's probability mass"),
+    ]
+    return _table(rows)
 
 
 def _table(rows: Iterable[tuple[str, Any]], value_class: str = "") -> str:

@@ -42,6 +42,8 @@ class StepResult:
     """Supervised tokens of the global batch."""
     flags: int
     """Sum of the `flag` arguments over ranks: how ranks agree on a stop without another collective."""
+    arrived: int = 0
+    """Sum of the `arrived` arguments over ranks."""
 
 
 def engine_config(section: TrainSection, micro_steps: int) -> dict[str, Any]:
@@ -111,18 +113,19 @@ class StudentEngine:
         )
         return cls(engine, module, section, device)
 
-    def train_step(self, batches: Iterator[PackedBatch], steps: int, flag: int = 0) -> StepResult:
+    def train_step(self, batches: Iterator[PackedBatch], steps: int, flag: int = 0, arrived: int = 0) -> StepResult:
         """One optimizer step: takes micro-batches up to and including the step's last.
 
         Args:
             batches: this rank's micro-batches; every rank's step has as many.
             steps: optimizer steps of the run, for the learning rate.
             flag: summed over ranks into the result.
+            arrived: likewise.
 
         Raises:
             DistillError: the batch does not hold what was planned.
         """
-        sums = torch.zeros(8, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(9, dtype=torch.float64, device=self.device)
         while True:
             batch = next(batches)
             if batch.micro == 0:
@@ -137,7 +140,7 @@ class StudentEngine:
             if batch.last:
                 break
         self._engine.step()
-        sums[7] = flag
+        sums[7], sums[8] = flag, arrived
         torch.distributed.all_reduce(sums)
         return self._result(sums, batch)
 
@@ -147,7 +150,7 @@ class StudentEngine:
             group["lr"] = lr
 
     def _result(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        *parts, count, flags = sums.tolist()
+        *parts, count, flags, arrived = sums.tolist()
         planned = batch.supervised
         if int(count) != planned:
             raise DistillError(
@@ -157,7 +160,7 @@ class StudentEngine:
         loss, kl_t, kl_t1, ce, kept, agree = (x / planned for x in parts)
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         lr = float(self._optimizer.param_groups[0]["lr"])
-        return StepResult(loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned, int(flags))
+        return StepResult(loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned, int(flags), int(arrived))
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's part of the state under `folder`, which no other rank shares; returns its files."""
@@ -174,8 +177,13 @@ class StudentEngine:
         """Where under `folder` the needed files must lie for `load`."""
         return folder / _TAG
 
-    def load(self, folder: Path) -> None:
-        """Take up the state saved at the same world size and ZeRO stage. Only for a freshly started engine."""
+    def load(self, folder: Path, *, universal: bool = False) -> None:
+        """Take up the state saved at the same world size and ZeRO stage, or a `universal` one, saved at any size.
+
+        Only for a freshly started engine.
+        """
+        config: Any = self._engine._config
+        config.load_universal_checkpoint = universal
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise DistillError(f"no DeepSpeed state under {folder}; the checkpoint is not whole")
@@ -194,18 +202,16 @@ class StudentEngine:
         return state if self.rank == 0 else None
 
 
-def check_resumable(saved_world: int, saved_stage: int, world: int, section: TrainSection, step: int) -> None:
-    """Refuse a checkpoint of another world size or ZeRO stage.
+def check_resumable(saved_stage: int, section: TrainSection, step: int) -> None:
+    """Refuse a checkpoint of another ZeRO stage.
 
     Raises:
-        UserError: with both numbers and the remedy.
+        UserError: with both stages and the remedy.
     """
-    if (saved_world, saved_stage) != (world, section.zero_stage):
+    if saved_stage != section.zero_stage:
         raise UserError(
-            f"the checkpoint of step {step} was saved by {saved_world} workers at ZeRO stage {saved_stage}; this "
-            f"command has {world} workers at stage {section.zero_stage}. Resume with train.workers = "
-            f"{{ min = {saved_world}, max = {saved_world} }} and train.zero_stage = {saved_stage}, or start "
-            "a new --version"
+            f"the checkpoint of step {step} was saved at ZeRO stage {saved_stage}; this command has stage "
+            f"{section.zero_stage}. Resume with train.zero_stage = {saved_stage}, or start a new --version"
         )
 
 

@@ -1,11 +1,14 @@
 """Soft targets in storage: one object per corpus unit, an index over them, and a run's manifest of which it uses."""
 
+from distill_ray.targets.done import done_hashes, done_units, object_sizes
+from distill_ray.targets.draws import decode_draws, offsets_of
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
-from distill_ray.targets.index import append_index, done_units, load_index, target_objects
+from distill_ray.targets.index import append_index, load_index, load_table, target_objects
 from distill_ray.targets.inspect import InspectReport, inspect
-from distill_ray.targets.layout import StoredSequence
+from distill_ray.targets.layout import StoredDraws, StoredSequence
 from distill_ray.targets.manifest import (
     ManifestUnit,
+    ManifestUnits,
     RunManifest,
     read_run_manifest,
     units_of_lost_manifest,
@@ -18,17 +21,24 @@ __all__ = [
     "CaptureIdentity",
     "InspectReport",
     "ManifestUnit",
+    "ManifestUnits",
     "RunManifest",
+    "StoredDraws",
     "StoredSequence",
     "UnitReader",
     "UnitTargets",
     "append_index",
     "capture_prefix",
+    "decode_draws",
     "decode_rows",
+    "done_hashes",
     "done_units",
     "encode_unit",
     "inspect",
     "load_index",
+    "load_table",
+    "object_sizes",
+    "offsets_of",
     "open_unit",
     "read_run_manifest",
     "read_unit",

@@ -26,6 +26,12 @@ class CaptureIdentity:
     """Ascending; 1.0 is always among them."""
     codec: int
     """Version of the packed row format."""
+    draws: int = 0
+    """Tokens drawn per row; 0: none are kept."""
+    draws_from: str = "all"
+    """`all`: the whole distribution; `tail`: everything outside the kept tokens."""
+    draws_temperature: float = 1.0
+    """Drawn at; one of `temperatures`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher", dict(self.teacher))
@@ -43,7 +49,9 @@ class CaptureIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same identity back."""
-        return asdict(self) | {"temperatures": list(self.temperatures)}
+        found = asdict(self) | {"temperatures": list(self.temperatures)}
+        # Without draws as before there were any, so that the fingerprints of such captures still stand.
+        return found if self.draws else {k: v for k, v in found.items() if not k.startswith("draws")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CaptureIdentity:

@@ -12,9 +12,8 @@ import io
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -25,24 +24,22 @@ from distill_ray.errors import IntegrityError
 from distill_ray.schema import UnitSummary
 from distill_ray.storage.base import NotFoundError, ObjectInfo, Storage
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, fingerprint_of
-from distill_ray.targets.reader import read_unit
+from distill_ray.units import hashes_of, in_sorted
 
 UNITS_PER_OBJECT = 1000
 """Index objects with fewer units than this are small: merged once there are MERGE_AT of them."""
 MERGE_AT = 8
 _READERS = 8
+_ATTEMPTS = 5
 _NAME = re.compile(r"index/(\d{7})-([0-9a-f]{32})\.parquet")
 _UNIT = re.compile(r"([0-9a-f]{32})\.parquet")
+INDEXED_AT = "indexed_at"
+"""Column of Unix seconds; of two entries of a unit captured twice, the later one counts."""
 _FINGERPRINT = b"distill_ray_capture"
+_DRAWS = "distinct_draws"
+"""Column that only captures with draws have."""
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    summary: UnitSummary
-    indexed_at: float
-    """Unix seconds; of two entries of a unit captured twice, the later one counts."""
 
 
 def summaries_table(summaries: list[UnitSummary]) -> pa.Table:
@@ -53,7 +50,7 @@ def summaries_table(summaries: list[UnitSummary]) -> pa.Table:
         values = np.concatenate([np.empty(0, kind.to_pandas_dtype()), *arrays])
         return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, kind))
 
-    return pa.table(
+    table = pa.table(
         {
             "unit": pa.array([s.unit for s in summaries], pa.string()),
             "lengths": lists([s.lengths for s in summaries], pa.int32()),
@@ -67,6 +64,9 @@ def summaries_table(summaries: list[UnitSummary]) -> pa.Table:
             "entropy": pa.array([s.entropy for s in summaries], pa.bool_()),
         }
     )
+    if not any(s.distinct_draws for s in summaries):
+        return table
+    return table.append_column(_DRAWS, pa.array([s.distinct_draws for s in summaries], pa.int64()))
 
 
 def table_summaries(table: pa.Table) -> list[UnitSummary]:
@@ -76,7 +76,8 @@ def table_summaries(table: pa.Table) -> list[UnitSummary]:
         column = table.column(name).combine_chunks()
         offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
         arrays[name] = [values[a:b] for a, b in pairwise(offsets.tolist())]
-    scalars = ("unit", "object_bytes", "object_sha256", "kept_mass_sum", "dead", "teacher_seconds")
+    scalars = ["unit", "object_bytes", "object_sha256", "kept_mass_sum", "dead", "teacher_seconds"]
+    scalars += [_DRAWS] if _DRAWS in table.column_names else []
     rows = zip(*(table.column(name).to_pylist() for name in scalars), strict=True)
     # Tables written before this column was kept say nothing of it.
     known = "entropy" in table.column_names
@@ -105,13 +106,15 @@ def append_index(storage: Storage, capture: CaptureIdentity | str, summaries: It
     batches were.
     """
     now = time.time()
-    added = [_Entry(s, now) for s in summaries]
-    if not added:
+    table = summaries_table(list(summaries))
+    if not table.num_rows:
         return
-    _write(storage, fingerprint_of(capture), added)
-    small = [o for o in _listed(storage, capture)[0] if _units(o.key) < UNITS_PER_OBJECT]
+    fingerprint = fingerprint_of(capture)
+    _write(storage, fingerprint, table.append_column(INDEXED_AT, pa.array([now] * table.num_rows, pa.float64())))
+    # Never the capture's whole prefix here: a million target objects are a thousand pages, for each batch.
+    small = [key for key in _index_keys(storage, fingerprint) if _units(key) < UNITS_PER_OBJECT]
     if len(small) >= MERGE_AT:
-        _merge(storage, capture, small)
+        _merge(storage, fingerprint, small)
 
 
 def load_index(
@@ -124,162 +127,138 @@ def load_index(
         capture: identity, or its fingerprint.
         report: told of every broken index object (default: a logged warning); its units count as not indexed.
     """
-    entries, _, _ = _load(storage, capture, report or _warn)
-    return {unit: e.summary for unit, e in entries.items()}
+    table, _ = load_table(storage, capture, report=report)
+    return {s.unit: s for s in table_summaries(table)}
 
 
-def indexed_times(storage: Storage, capture: CaptureIdentity | str) -> dict[str, float]:
-    """Unit hash → Unix seconds at which it was indexed last; the units of `load_index`."""
-    entries, _, _ = _load(storage, capture, _warn)
-    return {unit: e.indexed_at for unit, e in entries.items()}
+def load_table(
+    storage: Storage,
+    capture: CaptureIdentity | str,
+    *,
+    only: np.ndarray | None = None,
+    columns: tuple[str, ...] | None = None,
+    report: Report | None = None,
+) -> tuple[pa.Table, list[str]]:
+    """The index as one table in the order of the units' hashes, each unit once, and the keys of broken index objects.
 
-
-def done_units(
-    storage: Storage, capture: CaptureIdentity | str, *, report: Report | None = None
-) -> dict[str, UnitSummary]:
-    """Units whose object is there and whole; everything else has to be captured.
-
-    An object that the index names is done if it still has the recorded size and has not been written since. One that
-    the index does not name (a crash before the index was written) or that changed is read whole and verified: sound
-    ones are added to the index, broken ones are reported and are not done.
+    Of each index object only what is asked for is kept.
 
     Args:
         storage: the store that holds `targets/`.
         capture: identity, or its fingerprint.
-        report: told of every broken or vanished object (default: a logged warning).
+        only: ascending hashes of the units wanted; None takes all.
+        columns: of `summaries_table`, beside "unit" and "indexed_at"; None takes all.
+        report: told of every broken index object (default: a logged warning); its units count as not indexed.
     """
-    report = report or _warn
-    entries, objects, broken = _load(storage, capture, report)
-    done: dict[str, UnitSummary] = {}
-    unknown: list[str] = []
-    for unit in entries.keys() - objects.keys():
-        report(f"target object of unit {unit} is in the index but gone from {storage.uri}; it is captured again")
-    for unit, info in objects.items():
-        entry = entries.get(unit)
-        if entry and entry.summary.object_bytes == info.size and info.modified <= entry.indexed_at:
-            done[unit] = entry.summary
-        else:
-            unknown.append(unit)
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(unknown), UNITS_PER_OBJECT):  # so that a crash keeps what was verified
-            batch = unknown[start : start + UNITS_PER_OBJECT]
-            verified = pool.map(lambda unit: _verified(storage, capture, unit, entries.get(unit), report), batch)
-            found = [summary for summary in verified if summary is not None]
-            append_index(storage, capture, found)
-            done |= {summary.unit: summary for summary in found}
-    for key in broken:  # only now: what it named is verified and indexed anew
-        storage.delete(key)
-    return done
+    fingerprint = fingerprint_of(capture)
+    wanted = None if columns is None else ["unit", INDEXED_AT, *columns]
+    for _ in range(_ATTEMPTS):
+        try:
+            return _read(storage, fingerprint, _index_keys(storage, fingerprint), report or warn, only, wanted)
+        except NotFoundError:  # merged into another by another driver since the listing
+            continue
+    raise IntegrityError(
+        f"index objects under {storage.uri}/{capture_prefix(fingerprint)}index/ vanish while being read"
+    )
 
 
-def _verified(
-    storage: Storage, capture: CaptureIdentity | str, unit: str, entry: _Entry | None, report: Report
-) -> UnitSummary | None:
-    try:
-        summary = read_unit(storage, capture, unit).summary()
-    except (IntegrityError, NotFoundError) as error:
-        report(f"{error} (it counts as not captured)")
-        return None
-    if entry and entry.summary.object_sha256 == summary.object_sha256:
-        return entry.summary  # the same object, copied or touched: keep the seconds its capture took
-    return summary
-
-
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """The default `Report`."""
     logging.getLogger(__name__).warning(message)
+
+
+def _index_keys(storage: Storage, fingerprint: str) -> list[str]:
+    """Keys of the capture's index objects."""
+    prefix = capture_prefix(fingerprint)
+    return [info.key for info in storage.list(f"{prefix}index/") if _NAME.fullmatch(info.key[len(prefix) :])]
+
+
+def target_objects(storage: Storage, capture: CaptureIdentity | str) -> dict[str, ObjectInfo]:
+    """Unit hash → target object, of every object under the capture, whole or not."""
+    return dict(each_object(storage, capture))
+
+
+def each_object(storage: Storage, capture: CaptureIdentity | str) -> Iterator[tuple[str, ObjectInfo]]:
+    """Unit hash and target object, in the order of the listing, which is read page by page."""
+    prefix = capture_prefix(capture)
+    for info in storage.list(prefix):
+        if match := _UNIT.fullmatch(info.key[len(prefix) :]):
+            yield match[1], info
+
+
+def _read(
+    storage: Storage,
+    fingerprint: str,
+    keys: list[str],
+    report: Report,
+    only: np.ndarray | None = None,
+    columns: list[str] | None = None,
+) -> tuple[pa.Table, list[str]]:
+    """`load_table` of the named index objects. Raises NotFoundError where one of them is gone."""
+    parts, broken = [summaries_table([]).append_column(INDEXED_AT, pa.array([], pa.float64()))], list[str]()
+    if columns is not None:
+        parts[0] = parts[0].select(columns)
+
+    def one(key: str) -> pa.Table | IntegrityError:
+        try:
+            table = _parse(storage.get(key), key, fingerprint, columns)
+        except IntegrityError as error:
+            return error
+        return table if only is None else table.filter(pa.array(in_sorted(only, hashes_of(table["unit"]))))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for key, got in zip(keys, pool.map(one, keys), strict=True):
+            if isinstance(got, IntegrityError):
+                broken.append(key)
+                report(str(got))
+            else:
+                parts.append(got)
+    return _each_unit_once(pa.concat_tables(parts, promote_options="default")), broken
+
+
+def _each_unit_once(table: pa.Table) -> pa.Table:
+    for place, name in enumerate(table.column_names):
+        # A number that some index objects lack is 0 there; whether they hold the entropy stays unknown.
+        if name != "entropy" and table.column(place).null_count:
+            table = table.set_column(place, name, table.column(place).fill_null(0))
+    hashes, times = hashes_of(table["unit"]), table[INDEXED_AT].to_numpy()
+    order = np.argsort(-times, kind="stable")
+    order = order[np.argsort(hashes[order], kind="stable")]
+    first = np.ones(len(order), bool)
+    first[1:] = hashes[order[1:]] != hashes[order[:-1]]
+    return table.take(pa.array(order[first]))
 
 
 def _units(key: str) -> int:
     return int(key.rsplit("/", 1)[1].split("-")[0])
 
 
-def target_objects(storage: Storage, capture: CaptureIdentity | str) -> dict[str, ObjectInfo]:
-    """Unit hash → target object, of every object under the capture, whole or not."""
-    return _listed(storage, capture)[1]
-
-
-def _listed(storage: Storage, capture: CaptureIdentity | str) -> tuple[list[ObjectInfo], dict[str, ObjectInfo]]:
-    """One listing: the index objects, and unit → target object."""
-    prefix = capture_prefix(capture)
-    index, objects = [], {}
-    for info in storage.list(prefix):
-        name = info.key[len(prefix) :]
-        if _NAME.fullmatch(name):
-            index.append(info)
-        elif match := _UNIT.fullmatch(name):
-            objects[match[1]] = info
-    return index, objects
-
-
-def _load(
-    storage: Storage, capture: CaptureIdentity | str, report: Report
-) -> tuple[dict[str, _Entry], dict[str, ObjectInfo], list[str]]:
-    """Entries, target objects, keys of broken index objects."""
-    for _ in range(5):
-        index, objects = _listed(storage, capture)
-        broken: list[str] = []
-        try:
-            entries = _read(storage, capture, [o.key for o in index], broken, report)
-        except NotFoundError:  # merged into another by another driver since the listing
-            continue
-        return entries, objects, broken
-    raise IntegrityError(f"index objects under {storage.uri}/{capture_prefix(capture)}index/ vanish while being read")
-
-
-def _read(
-    storage: Storage, capture: CaptureIdentity | str, keys: list[str], broken: list[str], report: Report
-) -> dict[str, _Entry]:
-    def one(key: str) -> list[_Entry] | str:
-        try:
-            return _parse(storage.get(key), key, fingerprint_of(capture))
-        except IntegrityError as error:
-            return str(error)
-
-    entries: dict[str, _Entry] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        for key, got in zip(keys, pool.map(one, keys), strict=True):
-            if isinstance(got, str):
-                broken.append(key)
-                report(got)
-                continue
-            for entry in got:
-                unit = entry.summary.unit
-                if unit not in entries or entries[unit].indexed_at < entry.indexed_at:
-                    entries[unit] = entry
-    return entries
-
-
-def _write(storage: Storage, fingerprint: str, entries: list[_Entry]) -> str:
-    table = summaries_table([e.summary for e in entries])
-    table = table.append_column("indexed_at", pa.array([e.indexed_at for e in entries], pa.float64()))
+def _write(storage: Storage, fingerprint: str, table: pa.Table) -> str:
     data = table_bytes(table.replace_schema_metadata({_FINGERPRINT: fingerprint}))
     name = hashlib.sha256(data).hexdigest()[:32]
-    key = f"{capture_prefix(fingerprint)}index/{len(entries):07d}-{name}.parquet"
+    key = f"{capture_prefix(fingerprint)}index/{table.num_rows:07d}-{name}.parquet"
     storage.put(key, data)
     return key
 
 
-def _parse(data: bytes, key: str, fingerprint: str) -> list[_Entry]:
+def _parse(data: bytes, key: str, fingerprint: str, columns: list[str] | None) -> pa.Table:
     named = key.rsplit("-", 1)[1].removesuffix(".parquet")
     if (got := hashlib.sha256(data).hexdigest()[:32]) != named:
         raise IntegrityError(f"index object {key} has content hash {got}, its name says {named}: truncated or altered")
-    table = pq.read_table(pa.BufferReader(data))
+    table = pq.read_table(pa.BufferReader(data), columns=columns, use_threads=False)
     of = (table.schema.metadata or {}).get(_FINGERPRINT, b"").decode()
     if of != fingerprint:
         raise IntegrityError(f"index object {key} belongs to capture {of or 'unknown'}, not {fingerprint}")
-    times = table.column("indexed_at").to_pylist()
-    return [_Entry(s, t) for s, t in zip(table_summaries(table), times, strict=True)]
+    return table.replace_schema_metadata(None)
 
 
-def _merge(storage: Storage, capture: CaptureIdentity | str, small: list[ObjectInfo]) -> None:
+def _merge(storage: Storage, fingerprint: str, small: list[str]) -> None:
     """Write what the small objects hold as one, then remove them. Any crash leaves entries twice, never none."""
-    keys = [o.key for o in small]
-    broken: list[str] = []
     try:
-        entries = _read(storage, capture, keys, broken, _warn)
+        table, broken = _read(storage, fingerprint, small, warn)
     except NotFoundError:
         return  # another driver is merging the same ones
-    kept = _write(storage, fingerprint_of(capture), list(entries.values()))
-    for key in keys:
+    kept = _write(storage, fingerprint, table)
+    for key in small:
         if key not in broken and key != kept:
             storage.delete(key)

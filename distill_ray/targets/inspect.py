@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from distill_ray.codec import row_bytes
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import read_published
-from distill_ray.schema import UnitSummary
+from distill_ray.schema import DRAW_BYTES, ROW_DRAW_BYTES, UnitSummary
 from distill_ray.storage import NotFoundError, Storage, open_storage
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
 from distill_ray.targets.index import load_index, target_objects
@@ -39,6 +39,8 @@ class InspectReport:
     bytes: int
     """Bytes of all target objects."""
     mean_kept_mass: float | None
+    distinct_draws: int
+    """Sum over rows of the distinct tokens drawn."""
     dead: int
     teacher_seconds: float
     untimed_units: int
@@ -74,6 +76,8 @@ class InspectReport:
         if self.bytes_per_row is not None:
             packed = f", packed {row_bytes(i.top_k, i.vocab_size)}" if i else ""
             facts["bytes per row"] = f"{self.bytes_per_row:.1f}{packed}"
+        if i is not None and i.draws:
+            facts["draws"] = self._drawn(i)
         if self.mean_kept_mass is not None:
             facts["mean kept mass"] = f"{self.mean_kept_mass:.6f}"
         facts["entropy"] = self._entropy()
@@ -92,6 +96,14 @@ class InspectReport:
             f"in {self.entropy_units:,} of {self.filled_units:,} units ({self.entropy_rows:,} of {self.rows:,} rows)"
             f"{unknown}"
         )
+
+    def _drawn(self, of: CaptureIdentity) -> str:
+        whole = {"all": "the whole distribution", "tail": "outside the kept tokens"}[of.draws_from]
+        text = f"{of.draws} a row from {whole} at T = {of.draws_temperature:g}"
+        if not self.rows:
+            return text
+        size = (DRAW_BYTES * self.distinct_draws + ROW_DRAW_BYTES * self.rows) / self.rows
+        return f"{text}; mean {self.distinct_draws / self.rows:.1f} distinct, {size:.1f} bytes a row"
 
 
 def inspect(uri: str, verify: bool = False) -> InspectReport:
@@ -223,6 +235,7 @@ class _Look:
             supervised=sum(int(s.supervised.sum()) for s in found),
             bytes=sum(s.object_bytes for s in found),
             mean_kept_mass=sum(s.kept_mass_sum for s in found) / rows if rows else None,
+            distinct_draws=sum(s.distinct_draws for s in found),
             dead=sum(s.dead for s in found),
             teacher_seconds=sum(s.teacher_seconds for s in found),
             untimed_units=sum(s.teacher_seconds == 0 for s in filled),

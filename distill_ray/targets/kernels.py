@@ -69,10 +69,68 @@ def _is_of_token(ids_K, logprobs_K, log_tail, token, actual, rank, tolerance, fl
     return agrees and abs(max(logprobs_K[at], floor) - actual) <= tolerance
 
 
+def _read_only(kind):
+    return types.Array(kind, 1, "C", readonly=True)
+
+
 @compiled(
     (
-        *(types.Array(types.int32, 1, "C", readonly=True), types.intp),
-        *(types.Array(types.float32, 1, "C", readonly=True), types.intp, types.intp),
+        *(_read_only(types.int32), _read_only(types.int32), _read_only(types.float32), _read_only(types.int64)),
+        *(_read_only(types.int32), types.intp, _read_only(types.float32), types.intp, types.intp),
+        *(types.intp, types.intp, types.boolean, types.float32, types.float32),
+    )
+)
+def first_unsound_draws(
+    drawn, counts, drawn_logprobs, offsets, ids, id_stride, logprobs, stride, k, vocab, draws, tail_only, tolerance,
+    floor,
+):  # fmt: skip
+    """The first row whose draws cannot be what the teacher drew, −1 if none; `validate` says why.
+
+    Args:
+        drawn: ids drawn, row after row.
+        counts: how often each was drawn.
+        drawn_logprobs: their log-probabilities.
+        offsets: where each row begins in these three, and their end.
+        ids: kept ids, flat; row t begins at t·id_stride.
+        id_stride: items.
+        logprobs: of the kept ids, flat; row t begins at t·stride.
+        stride: items.
+        k: kept tokens.
+        vocab: V.
+        draws: that a row's counts sum to, unless it has none.
+        tail_only: none may be among the kept.
+        tolerance: of log-probabilities, nats.
+        floor: least log-probability told apart from −inf.
+    """
+    for t in range(len(offsets) - 1):
+        if offsets[t] == offsets[t + 1]:
+            continue  # whether a row may have none is the caller's question
+        ids_K = ids[t * id_stride : t * id_stride + k]
+        least = max(logprobs[t * stride + k - 1], floor)
+        before, total = -1, 0
+        for j in range(offsets[t], offsets[t + 1]):
+            id_, logprob = drawn[j], drawn_logprobs[j]
+            total += counts[j]
+            if not before < id_ < vocab or counts[j] < 1 or not -np.inf < logprob <= tolerance:
+                return t
+            before, at = id_, -1
+            for i in range(k):
+                at = i if ids_K[i] == id_ else at
+            logprob = max(logprob, floor)
+            if at < 0:
+                if logprob > least + tolerance:
+                    return t
+            elif tail_only or not abs(logprob - max(logprobs[t * stride + at], floor)) <= tolerance:
+                return t
+        if total != draws:
+            return t
+    return -1
+
+
+@compiled(
+    (
+        *(_read_only(types.int32), types.intp),
+        *(_read_only(types.float32), types.intp, types.intp),
         *(types.Array(types.float32, 1, "A", readonly=True), types.Array(types.int32, 1, "A", readonly=True)),
         *(types.Array(types.float32, 1, "A", readonly=True), types.Array(types.int32, 1, "A", readonly=True)),
         *(types.intp, types.float32, types.float32, types.Array(types.float64, 1, "C")),

@@ -19,6 +19,22 @@ GROUP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
+class StoredDraws:
+    """Tokens drawn at a sequence's rows, M distinct ones in all; see `schema.Draws`."""
+
+    words_M: np.ndarray
+    """uint32 id | count << 20."""
+    logprobs_M: np.ndarray
+    """float16 at T = 1."""
+    distinct_N: np.ndarray
+    """uint16 of them at each row."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.words_M.nbytes + self.logprobs_M.nbytes + self.distinct_N.nbytes
+
+
+@dataclass(frozen=True)
 class StoredSequence:
     """One sequence as stored, still packed. n tokens, N = n − 1 rows, B bytes a packed row."""
 
@@ -38,6 +54,21 @@ class StoredSequence:
     """float16 nats; None where the engine could not give it."""
     log_tail_at: Mapping[float, np.ndarray]
     """Temperature T ≠ 1 → float16 [N] log tail mass at T."""
+    draws: StoredDraws | None = None
+    """None where the capture keeps none."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its largest columns."""
+        return self.packed_NB.nbytes + (self.draws.nbytes if self.draws else 0)
+
+
+_DRAW_COLUMNS = {"draws": pa.uint32(), "draw_logprob": pa.float16(), "draw_counts": pa.uint16()}
+
+
+def _draw_arrays(draws: StoredDraws) -> dict[str, np.ndarray]:
+    """The draws by the names of their columns."""
+    return dict(zip(_DRAW_COLUMNS, (draws.words_M, draws.logprobs_M, draws.distinct_N), strict=True))
 
 
 def tail_column(temperature: float) -> str:
@@ -63,6 +94,8 @@ def arrow_schema(identity: CaptureIdentity, with_entropy: bool) -> pa.Schema:
     if with_entropy:
         columns.append(("entropy", items(pa.float16())))
     columns += [(tail_column(t), items(pa.float16())) for t in identity.extra_temperatures]
+    if identity.draws:
+        columns += [(name, items(kind)) for name, kind in _DRAW_COLUMNS.items()]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
 
 
@@ -80,6 +113,7 @@ def checksum(fingerprint: str, unit: str, index: int, s: StoredSequence) -> byte
         "actual_rank": s.actual_rank_N,
         "entropy": s.entropy_N,
         **{tail_column(t): s.log_tail_at[t] for t in sorted(s.log_tail_at)},
+        **(_draw_arrays(s.draws) if s.draws else {}),
     }
     for name, array in arrays.items():
         if array is not None:
@@ -106,6 +140,8 @@ def to_table(sequences: list[StoredSequence], checksums: list[bytes], schema: pa
     side = {tail_column(t): [s.log_tail_at[t] for s in sequences] for t in sequences[0].log_tail_at}
     if sequences[0].entropy_N is not None:
         side["entropy"] = [s.entropy_N for s in sequences if s.entropy_N is not None]
+    drawn = [_draw_arrays(s.draws) for s in sequences if s.draws is not None]
+    side |= {name: [arrays[name] for arrays in drawn] for name in (_DRAW_COLUMNS if drawn else ())}
     columns = {
         "doc_key": pa.array([s.doc_key for s in sequences], pa.uint64()),
         "checksum": pa.array(checksums, pa.binary(8)),
@@ -138,6 +174,9 @@ def from_table(table: pa.Table, stride: int, temperatures: tuple[float, ...]) ->
     tokens, mask, packed = split("tokens"), split("loss_mask"), split("packed")
     logprob, rank = split("actual_logprob"), split("actual_rank")
     entropy = split("entropy") if "entropy" in table.column_names else [None] * n
+    draws: list[StoredDraws | None] = [None] * n
+    if "draws" in table.column_names:
+        draws = [StoredDraws(*arrays) for arrays in zip(*map(split, _DRAW_COLUMNS), strict=True)]
     doc_keys = table.column("doc_key").to_pylist()
     return [
         StoredSequence(
@@ -149,6 +188,7 @@ def from_table(table: pa.Table, stride: int, temperatures: tuple[float, ...]) ->
             actual_rank_N=rank[i],
             entropy_N=entropy[i],
             log_tail_at={t: tails[t][i] for t in temperatures},
+            draws=draws[i],
         )
         for i in range(n)
     ]

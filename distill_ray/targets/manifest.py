@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_ray.config import fingerprint
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import LeaseToken, document_entry, put_owned, read_document
 from distill_ray.schema import Unit, UnitSummary
 from distill_ray.storage.base import Storage
 from distill_ray.targets.identity import CaptureIdentity
-from distill_ray.targets.index import indexed_times, summaries_table, table_bytes, table_summaries
+from distill_ray.targets.index import INDEXED_AT, load_table, summaries_table, table_bytes, table_summaries
+from distill_ray.units import Units, hashes_of, places_in, texts
 
 SCHEMA_VERSION = 1
 _IDENTITY = b"distill_ray_identity"
 _VERSION = b"distill_ray_manifest"
+_AT_ONCE = 1000
+"""Units made into objects at a time."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,74 @@ class ManifestUnit:
         return self.summary.rows
 
 
+class ManifestUnits(Sequence[ManifestUnit]):
+    """The units of a manifest as its table; objects, over a kilobyte each, are made only while one looks at them."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, units: Iterable[ManifestUnit]) -> ManifestUnits:
+        """From objects, in any order."""
+        found = sorted(units, key=lambda u: u.unit)
+        table = summaries_table([u.summary for u in found])
+        return cls(_with_units(table, [u.multiplicity for u in found], [u.source for u in found]))
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """[U] of `units.HASH`, ascending."""
+        return hashes_of(self.table["unit"])
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of all units."""
+        return sum(len(chunk.flatten()) for chunk in self.table["lengths"].chunks)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all units."""
+        return sum(int(chunk.flatten().to_numpy().sum()) for chunk in self.table["lengths"].chunks)
+
+    def sum_of(self, column: str) -> Any:
+        """Sum over units of one of their numbers."""
+        return self.table[column].to_numpy().sum().item()
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @overload
+    def __getitem__(self, at: int) -> ManifestUnit: ...
+    @overload
+    def __getitem__(self, at: slice) -> ManifestUnits: ...
+    def __getitem__(self, at: int | slice) -> ManifestUnit | ManifestUnits:
+        if isinstance(at, slice):
+            return ManifestUnits(self.table.take(pa.array(range(len(self))[at], pa.int64())))
+        place = range(len(self))[at]
+        return next(iter(ManifestUnits(self.table.slice(place, 1))))
+
+    def __iter__(self) -> Iterator[ManifestUnit]:
+        for start in range(0, len(self), _AT_ONCE):
+            part = self.table.slice(start, _AT_ONCE)
+            counts, sources = part["multiplicity"].to_pylist(), part["source"].to_pylist()
+            yield from map(ManifestUnit, table_summaries(part), counts, sources)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ManifestUnits) and self.table.equals(other.table)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class RunManifest:
     """What a run trains and evaluates on; units in the order of their hashes."""
 
     identity: CaptureIdentity
-    units: tuple[ManifestUnit, ...]
+    units: ManifestUnits
+    """Given as any sequence of units."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.units, ManifestUnits):
+            object.__setattr__(self, "units", ManifestUnits.of(self.units))
 
     @property
     def fingerprint(self) -> str:
@@ -92,39 +157,51 @@ class RunManifest:
     @property
     def corpus(self) -> str:
         """Fingerprint over unit hashes and multiplicities."""
-        return _corpus((u.unit, u.multiplicity) for u in self.units)
+        batches = self.units.table.select(["unit", "multiplicity"]).to_batches(_AT_ONCE)
+        return _corpus(pair for batch in batches for pair in zip(*(c.to_pylist() for c in batch.columns), strict=True))
 
     @property
     def rows(self) -> int:
         """Distinct target rows."""
-        return sum(u.rows for u in self.units)
+        return self.units.tokens - self.units.sequences
 
     @property
     def sequences(self) -> int:
         """Distinct sequences."""
-        return sum(len(u.lengths) for u in self.units)
+        return self.units.sequences
 
     @property
     def dead(self) -> int:
         """Dead letters of all units."""
-        return sum(u.dead for u in self.units)
+        return self.units.sum_of("dead")
 
     @property
     def mean_kept_mass(self) -> float:
         """Mean over rows of the kept mass P; NaN without rows."""
-        return sum(u.kept_mass for u in self.units) / self.rows if self.rows else float("nan")
+        return self.units.sum_of("kept_mass_sum") / self.rows if self.rows else float("nan")
 
 
 def _corpus(units: Iterable[tuple[str, int]]) -> str:
-    return fingerprint({"units": sorted([unit, multiplicity] for unit, multiplicity in units)})
+    """`config.fingerprint` of {"units": [[hash, multiplicity], …]}; a million, by ascending hash, are never a list."""
+    found, comma = hashlib.sha256(b'{"units":['), ""
+    for unit, multiplicity in units:
+        found.update(f'{comma}["{unit}",{multiplicity}]'.encode())
+        comma = ","
+    found.update(b"]}")
+    return found.hexdigest()[:32]
+
+
+def _with_units(table: pa.Table, multiplicities: Sequence[int] | np.ndarray, sources: list[str]) -> pa.Table:
+    table = table.append_column("multiplicity", pa.array(multiplicities, pa.int64()))
+    return table.append_column("source", pa.array(sources, pa.string()))
 
 
 def write_run_manifest(
     storage: Storage,
     token: LeaseToken,
     identity: CaptureIdentity,
-    units: list[Unit],
-    summaries: Mapping[str, UnitSummary],
+    units: Sequence[Unit],
+    summaries: Mapping[str, UnitSummary] | pa.Table,
 ) -> dict[str, Any]:
     """Write a run's manifest.
 
@@ -132,8 +209,8 @@ def write_run_manifest(
         storage: the run's store.
         token: of the run's lease; the manifest becomes `<run>/targets.parquet`.
         identity: the capture.
-        units: the run's plan.
-        summaries: unit hash → summary, for at least these units.
+        units: the run's plan; `Units`, if there are very many.
+        summaries: for at least these units: by hash, or as `load_table` gives them.
 
     Returns:
         The entry to publish: key, sha256 and counts as plain JSON values.
@@ -141,29 +218,39 @@ def write_run_manifest(
     Raises:
         UserError: units that have not been captured.
     """
-    units = sorted(units, key=lambda u: u.hash)
-    missing = [u.hash for u in units if u.hash not in summaries]
-    if missing:
-        raise UserError(f"{len(missing)} of {len(units)} units are not captured (first: {missing[0]}); run capture")
-    table = summaries_table([summaries[u.hash] for u in units])
-    table = table.append_column("multiplicity", pa.array([u.multiplicity for u in units], pa.int64()))
-    table = table.append_column("source", pa.array([u.source.uri for u in units], pa.string()))
+    plan = Units.of(units)
+    sources = [plan.sources[i].uri for i in plan.rows["source"].tolist()]
+    table = _with_units(_rows_of(plan, summaries), plan.rows["multiplicity"], sources)
     text = json.dumps(identity.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
     data = table_bytes(table.replace_schema_metadata({_IDENTITY: text, _VERSION: str(SCHEMA_VERSION)}))
     key = f"{token.run_prefix}/targets.parquet"
     put_owned(storage, token, key, data)
-    manifest = _parse(data, key)
+    manifest = RunManifest(identity, ManifestUnits(table))
     return {
         **document_entry(key, data),
         "bytes": len(data),
         "fingerprint": identity.fingerprint,
         "corpus": manifest.corpus,
-        "units": len(units),
+        "units": len(plan),
         "sequences": manifest.sequences,
         "rows": manifest.rows,
         "dead": manifest.dead,
-        "target_bytes": sum(u.object_bytes for u in manifest.units),
+        "target_bytes": manifest.units.sum_of("object_bytes"),
     }
+
+
+def _rows_of(plan: Units, summaries: Mapping[str, UnitSummary] | pa.Table) -> pa.Table:
+    if isinstance(summaries, Mapping):
+        table = summaries_table(sorted(summaries.values(), key=lambda s: s.unit))
+    else:
+        table = summaries.drop_columns([INDEXED_AT])
+    place, found = places_in(hashes_of(table["unit"]), plan.hashes)
+    if not found.all():
+        missing = plan.hashes[~found]
+        raise UserError(
+            f"{len(missing)} of {len(plan)} units are not captured (first: {texts(missing[:1])[0]}); run capture"
+        )
+    return table if table.num_rows == len(plan) else table.take(pa.array(place))
 
 
 def read_run_manifest(storage: Storage, entry: Mapping[str, Any]) -> RunManifest:
@@ -176,7 +263,7 @@ def read_run_manifest(storage: Storage, entry: Mapping[str, Any]) -> RunManifest
     return _parse(data, f"{storage.uri}/{entry['key']}")
 
 
-def units_of_lost_manifest(storage: Storage, entry: Mapping[str, Any], planned: list[Unit]) -> list[Unit] | None:
+def units_of_lost_manifest(storage: Storage, entry: Mapping[str, Any], planned: Sequence[Unit]) -> Units | None:
     """The units that a lost manifest named, told by the published fingerprint over them; None where they cannot be.
 
     Either all that is planned now, or, where the corpus has grown since, the planned units that were indexed first:
@@ -185,13 +272,15 @@ def units_of_lost_manifest(storage: Storage, entry: Mapping[str, Any], planned: 
     Args:
         storage: the run's store.
         entry: "targets" of the run's record.
-        planned: the corpus as it is now, cut into units.
+        planned: the corpus as it is now, cut into units; `Units`, if there are very many.
     """
-    at = indexed_times(storage, entry["fingerprint"])
-    captured = sorted((u for u in planned if u.hash in at), key=lambda u: (at[u.hash], u.hash))
-    for units in (planned, captured[: entry["units"]]):
+    plan = Units.of(planned)
+    captured, _ = load_table(storage, entry["fingerprint"], only=plan.hashes, columns=())
+    first = np.argsort(captured[INDEXED_AT].to_numpy(), kind="stable")[: entry["units"]]
+    place, _ = places_in(plan.hashes, hashes_of(captured["unit"])[np.sort(first)])
+    for units in (plan, plan.where(place)):
         if _corpus((u.hash, u.multiplicity) for u in units) == entry.get("corpus"):
-            return sorted(units, key=lambda u: u.hash)
+            return units
     return None
 
 
@@ -206,6 +295,4 @@ def _parse(data: bytes, where: str) -> RunManifest:
         raise IntegrityError(
             f"{where} has schema version {version}, this program reads {SCHEMA_VERSION}; run capture again"
         )
-    counts, sources = table.column("multiplicity").to_pylist(), table.column("source").to_pylist()
-    units = [ManifestUnit(*row) for row in zip(table_summaries(table), counts, sources, strict=True)]
-    return RunManifest(CaptureIdentity.from_dict(identity), tuple(units))
+    return RunManifest(CaptureIdentity.from_dict(identity), ManifestUnits(table))

@@ -16,6 +16,7 @@ from distill_ray.errors import IntegrityError, UserError
 from distill_ray.schema import DeadLetter, SourceSlice, TargetRows, Unit, UnitSummary
 from distill_ray.storage.base import NotFoundError, Storage
 from distill_ray.targets.container import MAGIC, REMEDY, Fetch, Region, Window, check_region, open_sealed
+from distill_ray.targets.draws import decode_draws
 from distill_ray.targets.identity import CaptureIdentity, fingerprint_of, unit_key
 from distill_ray.targets.layout import METADATA_KEY, SCHEMA_VERSION, StoredSequence, checksum, from_table
 
@@ -42,7 +43,7 @@ def decode_rows(identity: CaptureIdentity, stored: StoredSequence, temperature: 
         identity: the capture the sequence belongs to.
         stored: one sequence as read.
         temperature: `logprobs_NK` and `log_tail_N` are those of softmax(z / T), exact in the tail. The actual token's
-            log-probability, the entropy and `log_tail_at` are as stored, whatever T.
+            log-probability, the entropy, `log_tail_at` and the draws are as stored, whatever T.
 
     Raises:
         UserError: T was not captured; nothing stands in for its normaliser.
@@ -65,6 +66,7 @@ def decode_rows(identity: CaptureIdentity, stored: StoredSequence, temperature: 
         actual_rank_N=stored.actual_rank_N,
         entropy_N=None if stored.entropy_N is None else stored.entropy_N.astype(np.float32),
         log_tail_at=tails,
+        draws=None if stored.draws is None else decode_draws(stored.draws),
     )
 
 
@@ -199,6 +201,7 @@ class UnitTargets:
             dead=len(self.info.dead),
             teacher_seconds=0.0,
             entropy=self.info.entropy,
+            distinct_draws=sum(len(s.draws.words_M) for s in self._sequences if s.draws is not None),
         )
 
 

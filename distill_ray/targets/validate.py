@@ -10,10 +10,8 @@ from distill_ray.codec import LOG_FLOOR
 from distill_ray.codec.format import flat_rows
 from distill_ray.errors import IntegrityError
 from distill_ray.schema import Sequence, TargetRows
+from distill_ray.targets.draws import TOLERANCE, check_draws
 from distill_ray.targets.identity import CaptureIdentity
-
-TOLERANCE = 1e-3
-"""Largest accepted |kept + tail − 1|, and |Δ log p| in nats between two statements of one log-probability."""
 
 
 def check_sequence(identity: CaptureIdentity, sequence: Sequence) -> None:
@@ -39,7 +37,7 @@ def check_sequence(identity: CaptureIdentity, sequence: Sequence) -> None:
 
 
 def check_rows(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) -> np.ndarray:
-    """Shapes, mass and alignment of one sequence's rows. Order, duplicates and id range are the codec's checks.
+    """Shapes, mass, alignment and draws of one sequence's rows. Order, duplicates and id range are the codec's checks.
 
     Args:
         identity: gives K, V and the temperatures.
@@ -52,6 +50,12 @@ def check_rows(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) 
     Raises:
         IntegrityError: names the row, the numbers and what they mean.
     """
+    kept_N = _check_kept(identity, tokens, rows)
+    check_draws(identity, rows)
+    return kept_N
+
+
+def _check_kept(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) -> np.ndarray:
     from distill_ray.targets import kernels
 
     _check_shapes(identity, len(tokens), rows)
@@ -82,7 +86,7 @@ def _columns_are_sound(rows: TargetRows) -> bool:
 
 
 def check_rows_plainly(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows) -> np.ndarray:
-    """`check_rows` in numpy: decides, and says what is wrong, wherever the compiled pass was not satisfied."""
+    """`check_rows` in numpy, without draws: decides, and says what is wrong, where the compiled pass found a fault."""
     _check_shapes(identity, len(tokens), rows)
     _check_finite(rows)
     kept_N = np.exp(rows.logprobs_NK).sum(axis=1, dtype=np.float64)

@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 
 from distill_ray.codec import CODEC_VERSION, LOG_FLOOR, encode
 from distill_ray.errors import IntegrityError
-from distill_ray.schema import DeadLetter, Sequence, TargetRows, Unit, UnitSummary
+from distill_ray.schema import DeadLetter, Draws, Sequence, TargetRows, Unit, UnitSummary
 from distill_ray.targets.container import MAGIC, digest, footer_start, seal
 from distill_ray.targets.identity import CaptureIdentity
 from distill_ray.targets.layout import (
     GROUP_BYTES,
     METADATA_KEY,
     SCHEMA_VERSION,
+    StoredDraws,
     StoredSequence,
     arrow_schema,
     checksum,
@@ -83,6 +84,7 @@ def encode_unit(
         dead=len(dead),
         teacher_seconds=teacher_seconds,
         entropy=entropy,
+        distinct_draws=sum(len(s.draws.words_M) for s in stored if s.draws is not None),
     )
     return data, summary
 
@@ -101,13 +103,18 @@ def _pack(identity: CaptureIdentity, sequence: Sequence, rows: TargetRows) -> St
         actual_rank_N=rows.actual_rank_N.astype("<i4"),
         entropy_N=None if rows.entropy_N is None else np.maximum(rows.entropy_N, 0.0).astype("<f2"),
         log_tail_at={t: _log_f2(rows.log_tail_at[t]) for t in identity.extra_temperatures},
+        draws=None if rows.draws is None else _pack_draws(rows.draws),
     )
+
+
+def _pack_draws(draws: Draws) -> StoredDraws:
+    return StoredDraws(draws.words(), _log_f2(draws.logprobs_M), draws.distinct_N.astype("<u2"))
 
 
 def _groups(stored: list[StoredSequence]) -> Iterator[tuple[int, int]]:
     first, size = 0, 0
     for i, s in enumerate(stored):
-        size += s.packed_NB.nbytes
+        size += s.nbytes
         if size >= GROUP_BYTES or i == len(stored) - 1:
             yield first, i + 1
             first, size = i + 1, 0

@@ -5,12 +5,15 @@ Importing this package imports neither torch nor vllm.
 """
 
 from distill_ray.teacher.engine import CapturePath, DenseEngine, Engine, open_engine, resolve_dtype, vocabulary_size
+from distill_ray.teacher.placement import actor_resources, needed_resources
 from distill_ray.teacher.weights import weights_identity
 
 __all__ = [
     "CapturePath",
     "DenseEngine",
     "Engine",
+    "actor_resources",
+    "needed_resources",
     "open_engine",
     "resolve_dtype",
     "vocabulary_size",

@@ -78,6 +78,11 @@ def open_engine(
             f"capture.top_k={capture.top_k} exceeds the teacher's vocabulary of {vocab} tokens ({section.model}); "
             f"use at most {vocab}"
         )
+    if capture.draws_from == "tail" and capture.top_k == vocab:
+        raise UserError(
+            f'capture.draws_from="tail", but capture.top_k={capture.top_k} keeps all {vocab} tokens of the teacher and '
+            "leaves nothing to draw from; lower capture.top_k or remove the draws"
+        )
     if section.engine == "vllm":
         from distill_ray.teacher.vllm_engine import VllmEngine
 
@@ -150,6 +155,7 @@ def finite_or_reason(rows: TargetRows) -> TargetRows | str:
         "kept log-probabilities": np.isfinite(rows.logprobs_NK).all(axis=1),
         "actual log-probability": np.isfinite(rows.actual_logprob_N),
         "entropy": np.ones(0, bool) if rows.entropy_N is None else np.isfinite(rows.entropy_N),
+        "log-probability of a drawn token": _drawn_are_finite(rows),
     }
     tails = {"log tail": rows.log_tail_N} | {f"log tail at T={t}": a for t, a in rows.log_tail_at.items()}
     checks |= {name: ~(np.isnan(a) | np.isposinf(a)) for name, a in tails.items()}
@@ -158,3 +164,12 @@ def finite_or_reason(rows: TargetRows) -> TargetRows | str:
             bad = np.flatnonzero(~good)
             return f"the teacher gave a non-finite {name} at {len(bad)} of {len(good)} positions, first {bad[0]}"
     return rows
+
+
+def _drawn_are_finite(rows: TargetRows) -> np.ndarray:
+    if rows.draws is None:
+        return np.ones(0, bool)
+    good_N = np.ones(len(rows.log_tail_N), bool)
+    row_M = np.repeat(np.arange(len(good_N)), rows.draws.distinct_N)
+    good_N[row_M[~np.isfinite(rows.draws.logprobs_M)]] = False
+    return good_N

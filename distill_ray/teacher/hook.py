@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill_ray.teacher.draws import DrawSpec
 from distill_ray.teacher.head import ShardHead, UnknownEngineError
-from distill_ray.teacher.spans import Span, actual_v1, actual_v2, rows_of, spans_v1, spans_v2
+from distill_ray.teacher.spans import Span, actual_v1, actual_v2, keys_of, rows_of, spans_v1, spans_v2
 from distill_ray.teacher.store import RowStore
 from distill_ray.teacher.tiles import TileReducer
 
@@ -36,13 +37,16 @@ class CaptureWorker:
     """Methods added to a vLLM worker."""
 
     @torch.inference_mode()
-    def capture_install(self, top_k: int, temperatures: list[float], vocab_size: int) -> str:
+    def capture_install(
+        self, top_k: int, temperatures: list[float], vocab_size: int, draws: list[Any] | None = None
+    ) -> str:
         """Make this worker's model runner capture target rows.
 
         Args:
             top_k: K.
             temperatures: the T ≠ 1.
             vocab_size: V of the model's config.
+            draws: the fields of `DrawSpec`, or None.
 
         Returns:
             An empty text, or why this engine is not one that capture knows.
@@ -59,8 +63,9 @@ class CaptureWorker:
         try:
             config = runner.model_config
             head = ShardHead(runner.model, vocab_size, config.get_hidden_size(), config.dtype, runner.device)
-            reducer = TileReducer(head, get_tp_group(), top_k, tuple(temperatures))
-            install(runner, _taker(reducer, store if keep else None))
+            drawn = None if draws is None else DrawSpec(*draws)
+            reducer = TileReducer(head, get_tp_group(), top_k, tuple(temperatures), drawn)
+            install(runner, _taker(reducer, store if keep else None, drawn is not None))
         except (UnknownEngineError, AttributeError, ImportError) as error:
             if not _is_engines(error):
                 raise
@@ -117,9 +122,9 @@ def _expect_attributes(owner: Any, names: tuple[str, ...]) -> None:
         raise UnknownEngineError(f"{type(owner).__name__} has no {', '.join(missing)}")
 
 
-def _taker(reducer: TileReducer, store: RowStore | None) -> Take:
+def _taker(reducer: TileReducer, store: RowStore | None, draws: bool) -> Take:
     def take(spans: list[Span], hidden_ND: torch.Tensor, actual_R: torch.Tensor) -> None:
-        words = reducer.reduce(hidden_ND, rows_of(spans), actual_R)
+        words = reducer.reduce(hidden_ND, rows_of(spans), actual_R, keys_of(spans) if draws else None)
         if store is not None:
             store.add(spans, words)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -273,13 +274,18 @@ def reduce_rows(
     def rows(begin: int, end: int) -> None:
         _reduce_rows(z_RW, minus_inf, actual_R.numpy(), scales, begin, end, *out)
 
+    by_rows(n_rows, rows)
+    return tuple(torch.from_numpy(column) for column in out)
+
+
+def by_rows(n_rows: int, work: Callable[[int, int], None]) -> None:
+    """Do `work(begin, end)` for parts of the rows, on as many threads as torch takes."""
     threads = torch.get_num_threads()
     if threads == 1 or n_rows < 2 * threads:
-        rows(0, n_rows)
+        work(0, n_rows)
     else:
         bounds = np.linspace(0, n_rows, 4 * threads + 1).astype(int).tolist()
-        list(_pool(threads).map(rows, bounds[:-1], bounds[1:]))
-    return tuple(torch.from_numpy(column) for column in out)
+        list(_pool(threads).map(work, bounds[:-1], bounds[1:]))
 
 
 @cache

@@ -143,25 +143,53 @@ def top_ids(logits_RW: torch.Tensor, top_k: int) -> torch.Tensor:
     return ids.gather(1, order)
 
 
-def merge(shards: list[ShardRows], actual_R: torch.Tensor, temperatures: tuple[float, ...]) -> torch.Tensor:
-    """Rows of the whole vocabulary, as the words of `wire`.
+@dataclass(frozen=True)
+class Candidates:
+    """The K best of every shard, C = P·K, in descending order of logits; the first K of them are kept."""
+
+    values_RC: torch.Tensor
+    """float32 logits, equal ones by ascending id."""
+    ids_RC: torch.Tensor
+    """int32 ids in the whole vocabulary."""
+    shard_RC: torch.Tensor
+    """int64 which shard each comes from."""
+
+
+def candidates(shards: list[ShardRows]) -> Candidates:
+    """All shards' best, put in order.
 
     Args:
         shards: in ascending order of their ids, which breaks ties.
+    """
+    values_RC = torch.cat([s.values_RK for s in shards], 1)
+    ids_RC = torch.cat([s.ids_RK for s in shards], 1)
+    if len(shards) == 1:
+        return Candidates(values_RC, ids_RC, torch.zeros_like(ids_RC, dtype=torch.long))
+    order = values_RC.sort(dim=-1, descending=True, stable=True).indices
+    return Candidates(values_RC.gather(1, order), ids_RC.gather(1, order), order // shards[0].values_RK.shape[1])
+
+
+def merge(
+    shards: list[ShardRows],
+    actual_R: torch.Tensor,
+    temperatures: tuple[float, ...],
+    found: Candidates | None = None,
+) -> torch.Tensor:
+    """Rows of the whole vocabulary, as the words of `wire`, without draws.
+
+    Args:
+        shards: in ascending order of their ids.
         actual_R: [R] float32 logit of the actual next token.
         temperatures: the T ≠ 1.
+        found: `candidates(shards)`, where they are at hand.
 
     Returns:
         [R, 2 K + 4 + #T] int32.
     """
     top_k = shards[0].values_RK.shape[1]
-    values_RC = torch.cat([s.values_RK for s in shards], 1)
-    ids_RC = torch.cat([s.ids_RK for s in shards], 1)
-    if len(shards) > 1:
-        order = values_RC.sort(dim=-1, descending=True, stable=True).indices
-        values_RC, ids_RC = values_RC.gather(1, order), ids_RC.gather(1, order)
-    top_R1 = values_RC[:, :1]
-    gaps_RC = values_RC - top_R1  # z − z_max; small numbers, so float32 is enough at any T
+    found = found or candidates(shards)
+    ids_RC, top_R1 = found.ids_RC, found.values_RC[:, :1]
+    gaps_RC = found.values_RC - top_R1  # z − z_max; small numbers, so float32 is enough at any T
     kept_RK, dropped_RC = gaps_RC[:, :top_k], gaps_RC[:, top_k:]
     tails, totals = [], []
     for i, t in enumerate((1.0, *temperatures)):

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill_ray.teacher.seeds import hash_in_name, row_keys
+
 
 @dataclass(frozen=True)
 class Span:
@@ -85,3 +87,8 @@ def actual_v2(spans: list[Span], batch: Any, all_token_ids: torch.Tensor) -> tor
 def rows_of(spans: list[Span]) -> np.ndarray:
     """[R] int64 rows of the step's hidden states, in the spans' order."""
     return np.concatenate([np.arange(s.offset, s.offset + s.count, dtype=np.int64) for s in spans])
+
+
+def keys_of(spans: list[Span]) -> np.ndarray:
+    """[R] int64 seeds of the rows of all spans, in order, from the requests' names."""
+    return np.concatenate([row_keys(hash_in_name(s.request), s.start, s.count) for s in spans])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import UserError
 from distill_ray.model_config import attention_implementation
-from distill_ray.schema import TargetRows
+from distill_ray.schema import Draws, TargetRows
+from distill_ray.teacher.draws import DrawSpec, draw_from_logits
 from distill_ray.teacher.engine import finite_or_reason, refusal
+from distill_ray.teacher.seeds import row_keys, sequence_hash
+from distill_ray.teacher.wire import draws_from_words
 
 _LOGIT_BYTES = 2**30
 """Most bytes of logits that one forward pass may give; longer sequences take several passes."""
@@ -40,6 +44,7 @@ class TransformersEngine:
                 f'teacher.quantization={section.quantization!r} is vLLM\'s; use teacher.engine = "vllm" or drop it'
             )
         self._top_k, self._temperatures = capture.top_k, capture.extra_temperatures
+        self._draws = DrawSpec.of(capture)
         self._window, self._vocab = window_tokens, vocab_size
         self._device = torch.device("cuda" if section.use_gpu else "cpu")
         if not section.use_gpu:
@@ -86,11 +91,18 @@ class TransformersEngine:
             for logits in self._logits(tokens, _LOGIT_BYTES):
                 for block in logits.split(step):
                     z_RV = block.float()
-                    parts.append(
-                        rows_from_logits(z_RV, actual[done : done + len(z_RV)], self._top_k, self._temperatures)
-                    )
+                    rows = rows_from_logits(z_RV, actual[done : done + len(z_RV)], self._top_k, self._temperatures)
+                    if self._draws is not None:
+                        keys_R = row_keys(sequence_hash(tokens), done, len(z_RV))
+                        rows = replace(rows, draws=self._drawn(self._draws, z_RV, keys_R, rows.logprobs_NK[:, 0]))
+                    parts.append(rows)
                     done += len(z_RV)
         return _joined(parts)
+
+    def _drawn(self, spec: DrawSpec, z_RV: torch.Tensor, keys_R: np.ndarray, top_logprob_R: np.ndarray) -> Draws:
+        """By the same code as in vLLM's workers: equal logits give equal draws. `z_RV` is overwritten."""
+        on_device = (torch.from_numpy(x).to(self._device) for x in (keys_R, top_logprob_R))
+        return draws_from_words(draw_from_logits(spec, z_RV, self._top_k, *on_device).cpu().numpy())
 
     def _logits(self, tokens: np.ndarray, most_bytes: int):
         """Yield [R, V] logits in the model's dtype, in order, from the model's own forward pass.
@@ -161,6 +173,7 @@ def _top_ids(logits_RV: torch.Tensor, top_k: int) -> torch.Tensor:
 
 def _joined(parts: list[TargetRows]) -> TargetRows:
     entropies = [p.entropy_N for p in parts if p.entropy_N is not None]
+    drawn = [p.draws for p in parts if p.draws is not None]
     return TargetRows(
         ids_NK=np.concatenate([p.ids_NK for p in parts]),
         logprobs_NK=np.concatenate([p.logprobs_NK for p in parts]),
@@ -169,4 +182,5 @@ def _joined(parts: list[TargetRows]) -> TargetRows:
         actual_rank_N=np.concatenate([p.actual_rank_N for p in parts]),
         entropy_N=np.concatenate(entropies),
         log_tail_at={t: np.concatenate([p.log_tail_at[t] for p in parts]) for t in parts[0].log_tail_at},
+        draws=Draws.joined(drawn) if drawn else None,
     )

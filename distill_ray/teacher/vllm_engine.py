@@ -4,7 +4,7 @@ The worker path (`hook.py`) gives everything a row can hold. The public path, pr
 stands in on an engine that the hook does not know, and says so. Checked in vLLM 0.32's source: prompt log-probabilities
 are the log-softmax, in float32, of the model's own logits (soft-cap and scale applied, rows padded beyond
 config.vocab_size cut off); no temperature, penalty or other sampling processor touches them. It gives no temperatures
-other than 1, which are refused, and no entropy.
+other than 1 and no draws, which are refused, and no entropy.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,8 +25,10 @@ import numpy as np
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import CannotCaptureError, DistillError, IntegrityError
 from distill_ray.schema import TargetRows
+from distill_ray.teacher.draws import DrawSpec
 from distill_ray.teacher.engine import CapturePath, finite_or_reason, refusal
 from distill_ray.teacher.flat import rows_from_flat
+from distill_ray.teacher.seeds import hash_in_name, named_for_draws
 from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment
 from distill_ray.teacher.wire import row_words, rows_from_words
 
@@ -67,10 +70,10 @@ class VllmEngine:
     ) -> None:
         self.notes: tuple[str, ...] = ()
         if path == "flat":
-            _may_fall_back(path, None, capture.extra_temperatures)
+            _may_fall_back(path, None, capture)
         set_process_environment(section)
         self._top_k, self._window, self._vocab = capture.top_k, window_tokens, vocab_size
-        self._temperatures = capture.extra_temperatures
+        self._temperatures, self._draws = capture.extra_temperatures, DrawSpec.of(capture)
         self._in_flight = _WAVES_IN_FLIGHT * max(section.batch_tokens, window_tokens)
         self._request = itertools.count()
         self._engine: Any = None
@@ -85,7 +88,7 @@ class VllmEngine:
                 return
             # Opened anew: the public path bounds the rows of a prompt's chunk, which the worker path need not.
             self.close()
-        self.notes = _may_fall_back(path, unknown, self._temperatures)
+        self.notes = _may_fall_back(path, unknown, capture)
         self._open(arguments(in_worker=False) | dict(more), in_worker=False)
         self.path = "flat"
 
@@ -114,7 +117,8 @@ class VllmEngine:
         )
 
     def _install(self) -> str | None:
-        arguments = (self._top_k, list(self._temperatures), self._vocab)
+        draws = None if self._draws is None else list(astuple(self._draws))
+        arguments = (self._top_k, list(self._temperatures), self._vocab, draws)
         answers = self._engine.collective_rpc("capture_install", args=arguments)
         return next((reason for reason in answers if reason), None)
 
@@ -149,8 +153,13 @@ class VllmEngine:
         from vllm.inputs.engine import tokens_input
 
         name = f"s{next(self._request)}"
+        if self._draws is not None:
+            name = named_for_draws(name, tokens)
         add = partial(self._engine.add_request, name, tokens_input(tokens.tolist()), self._params)
-        return name, self._or_die(add, _REFUSALS)
+        inside = self._or_die(add, _REFUSALS)
+        if self._draws is not None:
+            hash_in_name(inside)  # refused here, where it is an error, and not in the worker, whose errors end it
+        return name, inside
 
     def _fetch(
         self, finished: list[tuple[int, str]], sequences: list[np.ndarray]
@@ -160,7 +169,8 @@ class VllmEngine:
         answers = self._or_die(partial(self._engine.collective_rpc, "capture_fetch", args=(names,)), _REFUSALS)
         data = b"".join(answers)
         counts = [len(sequences[i]) - 1 for i, _ in finished]
-        words = row_words(self._top_k, self._temperatures)
+        form = (self._top_k, self._temperatures, 0 if self._draws is None else self._draws.count)
+        words = row_words(*form)
         if len(data) != 4 * words * sum(counts):
             raise IntegrityError(
                 f"vLLM's workers gave {len(data)} bytes for {sum(counts)} rows of {4 * words}; rows are missing or "
@@ -168,8 +178,7 @@ class VllmEngine:
             )
         parts = np.split(np.frombuffer(data, np.int32).reshape(-1, words), np.cumsum(counts)[:-1])
         return [
-            (i, finite_or_reason(rows_from_words(part, self._top_k, self._temperatures)))
-            for (i, _), part in zip(finished, parts, strict=True)
+            (i, finite_or_reason(rows_from_words(part, *form))) for (i, _), part in zip(finished, parts, strict=True)
         ]
 
     def _or_die(self, call: Callable[[], T], refusals: tuple[type[Exception], ...] = ()) -> T:
@@ -209,19 +218,25 @@ def _unknown_version() -> str | None:
     return f"vLLM {vllm.__version__} is not one of {', '.join(KNOWN_VERSIONS)}"
 
 
-def _may_fall_back(path: CapturePath, unknown: str | None, temperatures: tuple[float, ...]) -> tuple[str, ...]:
+def _may_fall_back(path: CapturePath, unknown: str | None, capture: CaptureSection) -> tuple[str, ...]:
     """What to tell the user when the public path is taken.
 
     Raises:
-        CannotCaptureError: it was excluded, or cannot give the temperatures.
+        CannotCaptureError: it was excluded, or cannot give the temperatures or the draws.
     """
     why = f" ({unknown})" if unknown else ""
     if path == "worker":
         raise CannotCaptureError(f"capture inside vLLM's workers cannot be had{why}; use the project's lock file")
-    if temperatures:
+    if capture.extra_temperatures:
         raise CannotCaptureError(
-            f"capture.temperatures={sorted({*temperatures, 1.0})}: no tail mass at T ≠ 1 by vLLM's public path{why}; "
+            f"capture.temperatures={list(capture.temperatures)}: no tail mass at T ≠ 1 by vLLM's public path{why}; "
             'use the vLLM version of the project\'s lock file, teacher.engine = "transformers" or temperatures = [1.0]'
+        )
+    if capture.draws:
+        raise CannotCaptureError(
+            f"capture.draws={capture.draws}: vLLM's public path{why} shows the top {capture.top_k} alone, and drawing "
+            "from these would be biased; use the vLLM version of the project's lock file, teacher.engine = "
+            '"transformers", or draws = 0 with another objective'
         )
     if path != "auto":
         return ()

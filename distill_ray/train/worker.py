@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,12 @@ from distill_ray.storage import Storage, StorageError, stage_folder
 from distill_ray.targets import RunManifest
 from distill_ray.train.restoring import restore_newest
 from distill_ray.train.result import HISTORY_FILE, publish_student, published_student, store_history, to_lines
+from distill_ray.train.saving import Saver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from distill_ray.ingest.batch import PackedBatch
     from distill_ray.ingest.loader import PackLoader
     from distill_ray.student.engine import StepResult, StudentEngine
 
@@ -74,6 +75,23 @@ def work(config: dict[str, Job]) -> None:
         raise
 
 
+class _Waited:
+    """Batches, and the seconds that were spent waiting for them."""
+
+    def __init__(self, batches: Iterator[PackedBatch]) -> None:
+        self._batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
 class _Run:
     """One worker's run: restore, iterate, loss, step, save."""
 
@@ -109,17 +127,26 @@ class _Run:
         start, self.history = restore_newest(self.job, engine, self.digest)
         if self.rank == 0:
             ray.get(self.job.board.start.remote(start))
-        stop = False
+        stop, saver = False, Saver(self.storage, self.token)
         with self._batches(start) as batches:
+            waited = _Waited(batches)
             for step in range(start, self.plan.steps):
-                begun = time.perf_counter()
-                result = engine.train_step(batches, self.plan.steps, flag=int(stop))
-                stop = self._record(step, result, time.perf_counter() - begun)
+                begun, waited.seconds = time.perf_counter(), 0.0
+                result = engine.train_step(waited, self.plan.steps, flag=int(stop), arrived=int(saver.arrived))
+                seconds = time.perf_counter() - begun
+                if result.arrived == self.world:
+                    saver.land()
+                saver.check()
+                stop = self._record(
+                    step, result, {"seconds": seconds, "data_s": waited.seconds, "save_s": saver.take()}
+                )
                 done = step + 1 == self.plan.steps
                 if not done and (result.flags or (step + 1) % self.recipe.train.checkpoint_every == 0):
-                    self._save(engine, step + 1)
+                    self._save(saver, engine, step + 1)
                 if result.flags and not done:
+                    saver.drain()
                     return
+        saver.drain()
         self._finish(engine, model, teacher_folder)
 
     def _nothing_to_do(self) -> bool:
@@ -163,13 +190,14 @@ class _Run:
             cache=open_cache(self.storage, identity, self.plan.units, sharers=self.here, say=self._say),
             temperature=lambda step: self.recipe.loss.temperature_at(step, self.plan.steps),
             student_ids=self.student_ids,
+            draws=self.recipe.loss.needs_draws,
             rank=self.rank,
             world=self.world,
             micro_batch_packs=self.recipe.train.micro_batch_packs,
             start_step=start,
         )
 
-    def _record(self, step: int, result: StepResult, seconds: float) -> bool:
+    def _record(self, step: int, result: StepResult, times: dict[str, float]) -> bool:
         """Keep the step's line; on rank 0 also tell the driver, and answer whether it wants to stop."""
         import ray
 
@@ -179,8 +207,8 @@ class _Run:
                 f"train.learning_rate={self.recipe.train.learning_rate} or "
                 'use train.precision = "fp32", and give a new --version'
             )
-        line = {"step": step, **asdict(result), "seconds": round(seconds, 6)}
-        del line["flags"]
+        line = {"step": step, **asdict(result), **{name: round(s, 6) for name, s in times.items()}}
+        del line["flags"], line["arrived"]
         self.history.append(line)
         if self.rank != 0:
             return False
@@ -188,34 +216,35 @@ class _Run:
             self._store_history()
         return bool(ray.get(self.job.board.post.remote(line)))
 
-    def _save(self, engine: StudentEngine, step: int) -> None:
-        import torch.distributed as dist
+    def _save(self, saver: Saver, engine: StudentEngine, step: int) -> None:
+        """Write the state; it is uploaded and published beside the next steps."""
+        if saver.in_flight:
+            self._say(f"the checkpoint before step {step} is still being stored, so training waits for it")
+            saver.land()
+        history = list(self.history)
 
-        with tempfile.TemporaryDirectory(prefix="distill-ray-save-") as folder:
-            paths = engine.save(Path(folder))
+        def write(folder: Path) -> list[Path]:
+            paths = engine.save(folder)
             if self.rank == 0:
-                paths.append(Path(folder) / HISTORY_FILE)
-                paths[-1].write_bytes(to_lines(self.history))
-            stored = checkpoints.upload(self.storage, self.token, step, paths)
-        everyone: list[list[checkpoints.StoredFile]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(everyone, stored)
-        self._on_rank_0(lambda: self._publish(step, [f for files in everyone for f in files]))
+                paths.append(folder / HISTORY_FILE)
+                paths[-1].write_bytes(to_lines(history))
+            return paths
 
-    def _publish(self, step: int, files: list[checkpoints.StoredFile]) -> None:
+        saver.begin(step, write, lambda files: self._publish(step, history, files))
+
+    def _publish(self, step: int, history: list[dict[str, float]], files: list[checkpoints.StoredFile]) -> None:
         train = self.recipe.train
-        recent = [line["loss"] for line in self.history[-train.checkpoint_every :]]
-        loss = sum(recent) / len(recent)
+        recent = [line["loss"] for line in history[-train.checkpoint_every :]]
         checkpoints.publish(
             self.storage,
             self.token,
             step,
             files,
-            loss=loss,
+            loss=sum(recent) / len(recent),
             world_size=self.world,
             zero_stage=train.zero_stage,
             plan=self.digest,
         )
-        self._store_history()
         checkpoints.prune(self.storage, self.token, keep=train.keep_checkpoints)
 
     def _finish(self, engine: StudentEngine, model: PreTrainedModel, teacher_folder: Path) -> None:

@@ -34,11 +34,16 @@ def medians(rivals: Mapping[str, Callable[[], Any]], repeats: int = LEAST_REPEAT
 
 
 def peak_mib(work: Callable[..., Any], *arguments: Any) -> float:
-    """Most resident MiB of a fresh process that does nothing but `work(*arguments)`, imports included.
+    """Most resident MiB of a fresh process that does nothing but `work(*arguments)`, imports included; see `apart`."""
+    return apart(work, *arguments)[1]
+
+
+def apart(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What `work(*arguments)` returns in a fresh process that does nothing else, and that process's peak MiB.
 
     Args:
         work: a function of an importable module.
-        arguments: picklable.
+        arguments: picklable, as is what it returns.
 
     Raises:
         RuntimeError: the process failed; its traceback is on stderr.
@@ -57,7 +62,13 @@ def peak_mib(work: Callable[..., Any], *arguments: Any) -> float:
 
 
 def _report_peak(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    work(*arguments)
+    result = work(*arguments)
+    pipe.send((result, resident_mib()[1]))
+
+
+def resident_mib(process: int | str = "self") -> tuple[float, float]:
+    """MiB that a process holds, and the most it ever held."""
     # Not getrusage: its ru_maxrss starts from what the parent held when it forked, and survives exec.
-    status = Path("/proc/self/status").read_text()
-    pipe.send(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    status = Path(f"/proc/{process}/status").read_text()
+    now, most = (int(status.split(name)[1].split()[0]) / 1024 for name in ("VmRSS:", "VmHWM:"))
+    return now, most

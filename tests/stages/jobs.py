@@ -42,6 +42,8 @@ dtype = "{dtype}"
 use_gpu = false
 [capture]
 top_k = {top_k}
+[audit]
+sequences = {audit}
 [student]
 teacher_layers = [0]
 [train]
@@ -84,6 +86,8 @@ class Job:
     checkpoint_every: int = 3
     engine: str = "transformers"
     dtype: str = "float32"
+    audit: int = 0
+    """Sequences audited before training; a run of its own loads the teacher a second time for them."""
     edits: dict[str, str] = field(default_factory=dict)
     """Text of the recipe → what replaces it."""
     teacher: Path = field(default_factory=tiny_teacher_folder)
@@ -94,7 +98,7 @@ class Job:
             write_documents(self.data / "a.jsonl", 0, 12)
             write_documents(self.data / "b.jsonl", 12, 12)
         self.recipe = self.folder / "recipe.toml"
-        names = ("root", "teacher", "engine", "dtype", "top_k", "epochs", "zero_stage", "checkpoint_every")
+        names = ("root", "teacher", "engine", "dtype", "top_k", "epochs", "zero_stage", "checkpoint_every", "audit")
         text = RECIPE.format(sources=self.data / "*.jsonl", **{k: getattr(self, k) for k in names})
         for old, new in self.edits.items():
             assert text.count(old) == 1, old

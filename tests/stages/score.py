@@ -69,10 +69,12 @@ def score(
     folder: Path,
     temperatures: tuple[float, ...] = (1.0,),
     how: How | None = None,
+    **draws: Any,
 ) -> Scored:
-    """Score in a fresh process; `folder` takes the exchanged files."""
+    """Score in a fresh process; `folder` takes the exchanged files, `draws` are fields of `[capture]`."""
     request, result = folder / "request.pickle", folder / "result.pickle"
-    request.write_bytes(pickle.dumps((section, CaptureSection(top_k=top_k, temperatures=temperatures), sequences, how)))
+    capture = CaptureSection(top_k=top_k, temperatures=temperatures, **draws)
+    request.write_bytes(pickle.dumps((section, capture, sequences, how)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.stages.score", str(request), str(result)],
         cwd=Path(__file__).resolve().parents[2],

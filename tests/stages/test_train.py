@@ -170,15 +170,22 @@ def test_stop_then_two_broken_checkpoints_fall_back_and_end_at_the_same_loss(
     assert run.losses() == pytest.approx(reference, rel=1e-5)
 
 
-def test_other_world_size_is_refused_with_numbers(root: Path) -> None:
+def test_another_number_of_workers_goes_on_from_the_checkpoint_and_ends_at_the_same_loss(
+    root: Path, reference: list[float]
+) -> None:
     run = new_run(root, "worlds")
     stop_after_5(run)
-    alone = new_run(root, "worlds", train={"workers": {"min": 1, "max": 1}})
-    with pytest.raises(UserError, match="saved by 2 workers at ZeRO stage 2"):
-        alone.train()
     other = new_run(root, "worlds", train={"seed": 1})
     with pytest.raises(UserError, match=r"batches of plan .* now give plan .* start a new --version"):
         other.train()
+    other = new_run(root, "worlds", train={"zero_stage": 1})
+    with pytest.raises(UserError, match="saved at ZeRO stage 2"):
+        other.train()
+    alone = new_run(root, "worlds", train={"workers": {"min": 1, "max": 1}})
+    seen = listener()
+    alone.train(progress=seen)
+    assert alone.losses() == pytest.approx(reference, rel=1e-5)
+    assert [note for note in seen.notes if "saved by 2 workers; converted for any number" in note] == seen.notes[:1]
 
 
 def test_killed_worker_restarts_from_the_checkpoint_and_ends_at_the_same_loss(

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from distill_ray import teacher
+from distill_ray.config.sections import CaptureSection
 from distill_ray.schema import TargetRows
 from tests.assets import TINY_VOCAB, smollm2_folder, tiny_llama_folder
 from tests.stages.score import How, Scored, prose_sequences, score, vllm_section
@@ -120,6 +122,41 @@ def test_an_engine_forced_to_preempt(tmp_path: Path) -> None:
     worker, flat = _both(folder, tmp_path, TIGHT)
     assert worker.recomputed_rows > 0  # so there was preemption
     _assert_same(worker, flat)
+
+
+def _drawn(rows: list[TargetRows], draws: int) -> np.ndarray:
+    """[N, draws] ids of all rows, ascending within a row."""
+    found = [r.draws for r in rows if r.draws is not None]
+    assert len(found) == len(rows)
+    return np.concatenate([np.repeat(d.ids_M, d.counts_M) for d in found]).reshape(-1, draws)
+
+
+TAIL = {"draws": 50, "draws_from": "tail", "draws_temperature": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "how", "draws"),
+    [
+        pytest.param(1, TIGHT, {"draws": 50}, id="all-preempted"),
+        pytest.param(2, CHUNKED, TAIL, id="tail-tp2", marks=pytest.mark.slow),
+    ],
+)
+def test_draws_are_the_reference_engines(
+    tmp_path: Path, ranks: int, how: dict[str, Any], draws: dict[str, Any]
+) -> None:
+    folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
+    section, sequences = vllm_section(folder, tensor_parallel=ranks), prose_sequences(folder, LENGTHS)
+    worker = score(section, K, sequences, tmp_path, (1.0, 2.0), How("worker", how), **draws)
+    assert (worker.recomputed_rows > 0) == (how is TIGHT)
+    reference = section.model_copy(update={"engine": "transformers", "tensor_parallel": 1})
+    capture = CaptureSection(top_k=K, temperatures=(1.0, 2.0), **draws)
+    exact = teacher.open_engine(reference, capture, max(LENGTHS)).score(sequences)
+    want = _drawn([r for r in exact if isinstance(r, TargetRows)], 50)
+    got = _drawn(_rows(worker, "worker"), 50)
+    same = (got == want).mean()
+    print(f"{got.size} draws, {same:.4%} the same; {len(np.unique(got))} of {TINY_VOCAB} ids were drawn")
+    assert same >= 0.99
+    assert len(np.unique(got)) > K
 
 
 @pytest.mark.slow

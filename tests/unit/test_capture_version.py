@@ -11,12 +11,13 @@ from distill_ray.capture.verb import _of_this_version
 from distill_ray.config import Recipe, parse_recipe
 from distill_ray.errors import UserError
 from distill_ray.lease import Lease, publish
-from distill_ray.schema import Unit
 from distill_ray.storage import Storage, open_storage
+from distill_ray.units import Units
 from tests.unit.targets_fakes import captured, identity, unit
 
 OF = identity(temperatures=(1.0,))
 ADDED = unit("added since")
+ALONE = Units.of([ADDED])
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def recipe(tmp_path: Path) -> Recipe:
     )
 
 
-def _publish(storage: Storage, recipe: Recipe) -> tuple[list[Unit], str]:
+def _publish(storage: Storage, recipe: Recipe) -> tuple[Units, str]:
     """The version's units, and the key of its manifest."""
-    units = sorted((unit(name) for name in "abc"), key=lambda u: u.hash)
+    units = Units.of(unit(name) for name in "abc")
     summaries = {u.hash: targets.encode_unit(OF, u, *captured(OF), [], 1.0)[1] for u in units}
     targets.append_index(storage, OF, summaries.values())
     with Lease.acquire(storage, recipe.run_prefix) as lease:
@@ -47,13 +48,13 @@ def _publish(storage: Storage, recipe: Recipe) -> tuple[list[Unit], str]:
 @pytest.mark.parametrize("manifest", ["whole", "gone", "cut short"])
 def test_what_came_into_the_corpus_since_is_another_versions(recipe: Recipe, manifest: str):
     storage = open_storage(recipe.storage.root)
-    assert _of_this_version(recipe, storage, OF, [ADDED]) == [ADDED], "nothing is published yet"
+    assert _of_this_version(recipe, storage, OF, ALONE) == ALONE, "nothing is published yet"
     units, key = _publish(storage, recipe)
     if manifest == "gone":
         storage.delete(key)
     elif manifest == "cut short":
         storage.put(key, storage.get(key)[:-9])
-    assert _of_this_version(recipe, storage, OF, [ADDED, *units]) == units
+    assert _of_this_version(recipe, storage, OF, Units.of([ADDED, *units])) == units
 
 
 def test_units_of_a_lost_manifest_that_cannot_be_told_are_refused_with_the_remedy(recipe: Recipe):
@@ -63,10 +64,11 @@ def test_units_of_a_lost_manifest_that_cannot_be_told_are_refused_with_the_remed
     with pytest.raises(
         UserError, match=r"missing or damaged, and which 3 units .* v1 has .* has 2 now; .* new --version"
     ):
-        _of_this_version(recipe, storage, OF, [units[0], ADDED])
+        _of_this_version(recipe, storage, OF, Units.of([units[0], ADDED]))
 
 
 def test_a_manifest_of_another_capture_settles_nothing(recipe: Recipe):
     storage = open_storage(recipe.storage.root)
     units, _ = _publish(storage, recipe)
-    assert _of_this_version(recipe, storage, identity(teacher="other"), [ADDED, *units]) == [ADDED, *units]
+    grown = Units.of([ADDED, *units])
+    assert _of_this_version(recipe, storage, identity(teacher="other"), grown) == grown

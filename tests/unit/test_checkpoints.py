@@ -139,3 +139,27 @@ def test_a_driver_that_lost_its_lease_publishes_and_prunes_nothing(storage: Stor
             with pytest.raises(LeaseLostError):
                 save(storage, old, tmp_path, step)
         assert read_published(storage, RUN) == before
+
+
+def test_a_conversion_is_kept_with_its_checkpoint_reused_while_whole_and_dropped_with_it(
+    storage: Storage, token: LeaseToken, tmp_path: Path
+) -> None:
+    manifest = save(storage, token, tmp_path, 2)
+    folder = tmp_path / "converted"
+    (folder / "zero" / "weight").mkdir(parents=True)
+    (folder / "zero" / "weight" / "fp32.pt").write_bytes(b"w" * 100)
+    (folder / "model.pt").write_bytes(b"m")
+    assert checkpoints.universal_of(storage, RUN, manifest) is None
+    stored = checkpoints.store_universal(storage, token, manifest, folder)
+    assert checkpoints.universal_of(storage, RUN, manifest) == stored
+    checkpoints.restore(storage, stored, names(stored), tmp_path / "back")
+    assert (tmp_path / "back" / "zero" / "weight" / "fp32.pt").read_bytes() == b"w" * 100
+    assert checkpoints.latest_whole(storage, RUN) == manifest, "a conversion is no checkpoint"
+    assert checkpoints.prune(storage, token, keep=1) == []
+    assert checkpoints.universal_of(storage, RUN, manifest) == stored
+    storage.delete(stored.key_of("model.pt"))
+    assert checkpoints.universal_of(storage, RUN, manifest) is None
+    save(storage, token, tmp_path, 4, loss=0.5)
+    assert checkpoints.prune(storage, token, keep=1) == [2]
+    assert not [key for key in read_published(storage, RUN) if key.startswith("universal/")]
+    assert not [info.key for info in storage.list(f"{RUN}/checkpoints/step-00000002/")]

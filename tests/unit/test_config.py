@@ -88,6 +88,11 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
         ({"corpus": {"sources": [1]}}, "corpus.sources.0: Input should be a valid string"),
         ({"corpus": {"text_column": 5}}, "corpus.text_column: Input should be a valid string"),
         ({"evaluate": {"require": {"kl_t1": "0.1"}}}, "evaluate.require.kl_t1: Input should be a valid number"),
+        ({"audit": {"sequences": -1}}, "audit.sequences: Input should be greater than or equal to 0"),
+        (
+            {"audit": {"engine": "transformers"}, "teacher": {"quantization": "fp8"}},
+            "audit.engine=\"transformers\" cannot load teacher.quantization='fp8'",
+        ),
         ({"loss": {"objective": "kl"}}, "loss.objective: Input should be 'bucket', 'truncated'"),
         ({"loss": {"skew": 0.2}}, 'skew=0.2 has no effect on objective = "bucket"; remove it or use "skewed_kl"'),
         (
@@ -95,8 +100,37 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
             'jsd_beta=0.9 has no effect on objective = "skewed_kl"',
         ),
         ({"loss": {"objective": "jsd", "jsd_beta": 1.0}}, "loss.jsd_beta: Input should be less than 1"),
-        ({"loss": {"objective": "sampled"}}, "capture keeps the exact top 64 only"),
-        ({"loss": {"objective": "head_tail"}}, 'loss.objective="head_tail" needs tokens drawn in the teacher process'),
+        (
+            {"loss": {"objective": "sampled"}},
+            "needs tokens drawn from the teacher's whole distribution in the teacher's process, but capture.draws=0 "
+            'and capture.draws_from="all"; set capture.draws = 50 and capture.draws_from = "all", or',
+        ),
+        (
+            {"loss": {"objective": "head_tail"}, "capture": {"draws": 20}},
+            "needs tokens drawn from outside its top 64 in the teacher's process, but capture.draws=20 and "
+            'capture.draws_from="all"; set capture.draws = 20 and capture.draws_from = "tail", or',
+        ),
+        (
+            {"loss": {"objective": "sampled"}, "capture": {"draws": 20, "draws_from": "tail"}},
+            'capture.draws_from="tail"; set capture.draws = 20 and capture.draws_from = "all", or',
+        ),
+        (
+            {
+                "loss": {"objective": "sampled", "temperature": 2.0},
+                "capture": {"draws": 20, "temperatures": [2.0]},
+            },
+            "loss.temperature=2.0, but tokens are drawn at capture.draws_temperature=1.0",
+        ),
+        (
+            {"capture": {"draws": 20, "draws_temperature": 3.0}},
+            "draws_temperature=3.0 is not one of temperatures=[1.0]: log p at T needs that normaliser; add 3.0",
+        ),
+        (
+            {"capture": {"draws_from": "tail"}},
+            'draws_from="tail" and draws_temperature=1.0 have no effect with draws=0',
+        ),
+        ({"capture": {"draws": 4096}}, "capture.draws: Input should be less than or equal to 4095"),
+        ({"capture": {"draws": 5, "draws_from": "top"}}, "capture.draws_from: Input should be 'all' or 'tail'"),
         ({"loss": {"objective": "sampled", "temperature_steps": [[0.5, 2.0]]}}, "draws tokens at one temperature"),
         ({"loss": {"temperature_steps": [[0.5, 3.0]]}}, "loss.temperature=3.0 was not captured"),
         ({"loss": {"temperature_steps": [[0.5, 1.0], [0.5, 1.0]]}}, "temperature_steps stands at shares [0.5, 0.5]"),
@@ -162,6 +196,7 @@ def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
         {"train": {"zero_stage": 3, "workers": {"min": 8, "max": 8}}},
         {"capture": {"top_k": 64}},
         {"corpus": {"sources": ["other.jsonl"]}},
+        {"audit": {"sequences": 0, "units": ["a"], "engine": "transformers"}},
     ]
     for change in same:
         assert fingerprint(identity_of(parse_recipe(minimal(**change)))) == plain, change
@@ -175,6 +210,29 @@ def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
     seen = {fingerprint(identity_of(parse_recipe(minimal(**change)))) for change in other}
     assert len(seen) == len(other)
     assert plain not in seen
+
+
+def test_draws_are_identity_and_a_recipe_without_any_keeps_its_fingerprint():
+    plain = identity_of(parse_recipe(minimal()))
+    assert plain["capture"] == {"top_k": 64, "temperatures": (1.0,)}  # as before there were draws
+    stated = minimal(capture={"draws": 0, "draws_from": "all", "draws_temperature": 1.0})
+    assert fingerprint(identity_of(parse_recipe(stated))) == fingerprint(plain)
+    changes = [
+        {"draws": 50},
+        {"draws": 51},
+        {"draws": 50, "draws_from": "tail"},
+        {"draws": 50, "draws_temperature": 2.0, "temperatures": [2.0]},
+        {"temperatures": [2.0]},
+    ]
+    seen = {fingerprint(identity_of(parse_recipe(minimal(capture=c)))) for c in changes}
+    assert len({*seen, fingerprint(plain)}) == 6
+
+
+@pytest.mark.parametrize(("objective", "draws_from"), [("sampled", "all"), ("head_tail", "tail"), ("bucket", "tail")])
+def test_objectives_on_draws_that_are_captured(objective: str, draws_from: str):
+    capture = {"draws": 12, "draws_from": draws_from, "draws_temperature": 2.0, "temperatures": [2.0]}
+    recipe = parse_recipe(minimal(capture=capture, loss={"objective": objective, "temperature": 2.0}))
+    assert recipe.loss.needs_draws == (objective != "bucket")
 
 
 def test_temperatures_are_a_sorted_set_with_one():

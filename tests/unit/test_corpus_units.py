@@ -199,6 +199,9 @@ def test_what_would_give_a_huge_target_object_is_refused(tmp_path):
     most = most_unit_bytes(corpus, 64)
     assert 2 * 2**22 <= most < 2**24  # the defaults pass, row groups of twice unit_bytes too
     check_unit_bytes(corpus, 64)
+    assert most_unit_bytes(corpus, 64, draws=50) < most / 1.5
+    with pytest.raises(UserError, match=r"capture\.top_k=64 and capture\.draws=4095 .*use at most"):
+        check_unit_bytes(corpus, 64, draws=4095)
     with pytest.raises(UserError, match=r"capture\.top_k=512.*use at most"):
         check_unit_bytes(corpus, 512)
     # A context repeated almost whole in each window is stored each time.
@@ -207,6 +210,8 @@ def test_what_would_give_a_huge_target_object_is_refused(tmp_path):
 
     (tmp_path / "a.txt").write_bytes(b"one " * (most // 4))
     plan_units(section(tmp_path / "a.txt", window_tokens=4096), "tok", None, top_k=64)
+    with pytest.raises(UserError, match=r"capture\.top_k=64 and capture\.draws=9 one unit may have"):
+        plan_units(section(tmp_path / "a.txt", window_tokens=4096), "tok", None, top_k=64, draws=9)
     (tmp_path / "a.txt").write_bytes(b"one " * (most // 4 + 1))
     with pytest.raises(UserError, match=r"a\.txt.*split the file, or write JSONL"):
         plan_units(section(tmp_path / "a.txt", window_tokens=4096), "tok", None, top_k=64)

@@ -28,3 +28,11 @@ def test_the_driver_loads_no_framework_before_it_needs_one():
     heavy = ("torch", "transformers", "ray", "vllm", "deepspeed", "boto3", "pandas", "numba")
     code = f"import sys, distill_ray.pipeline; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_how_much_is_audited_is_no_part_of_a_run(tmp_path: Path):
+    few = Job(tmp_path, str(tmp_path / "root"))
+    plain = run_identity(load_recipe(few.recipe))
+    many = Job(tmp_path, str(tmp_path / "root"), audit=1000)
+    assert run_identity(load_recipe(many.recipe)) == plain
+    assert "audit" not in plain

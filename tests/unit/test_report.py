@@ -136,7 +136,18 @@ def test_a_bound_on_an_unknown_metric_is_refused(name: str) -> None:
         check_require({"kl_t1": 1.0, name: 1.0})
 
 
-def _report(require: dict[str, float]) -> tuple[dict, list[dict[str, float]]]:
+AUDIT = {
+    "path": "vLLM's public path",
+    "dtype": "float32",
+    "units": 4,
+    "sequences": 8,
+    "rows": 1234,
+    "worst_nats": 1.2e-5,
+    "tolerance": {"logprob": 2e-3, "row_mass": 0.05, "mean_mass": 0.02},
+}
+
+
+def _report(require: dict[str, float], audit: dict | None = None) -> tuple[dict, list[dict[str, float]]]:
     history = [
         {"step": s, "loss": 5 / s, "ce": 6 / s, "kl_t": 4 / s, "kl_t1": 4 / s, "tokens": 100, "seconds": 0.5}
         for s in range(1, 41)
@@ -155,6 +166,7 @@ def _report(require: dict[str, float]) -> tuple[dict, list[dict[str, float]]]:
         targets=TargetFigures(rows=1197, bytes_per_row=210.4, mean_kept_mass=0.93, dead_letters=2),
         history=history,
         require=require,
+        audit=audit,
     )
     return report, history
 
@@ -223,6 +235,17 @@ def test_report_html_says_which_rates_were_not_measured() -> None:
 def test_report_html_before_any_training_step_leaves_the_loss_curve_out() -> None:
     report, _ = _report({})
     assert render_html(report, []).count("<svg") == 2
+
+
+def test_the_report_says_what_was_audited_or_that_nothing_was() -> None:
+    report, history = _report({}, AUDIT)
+    assert json.loads(to_bytes(report))["audit"] == AUDIT
+    page = render_html(report, history)
+    for text in ("8 sequences of 4 units, 1,234 rows", "1.2e-05 nats", "public path, float32", "0.002 nats"):
+        assert text in page, text
+    report, history = _report({})
+    assert report["audit"] is None
+    assert "no audit compared" in render_html(report, history)
 
 
 def test_history_is_one_line_a_step_from_the_first_on() -> None:

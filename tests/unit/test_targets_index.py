@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
 
 from distill_ray import targets
+from distill_ray.config import fingerprint
 from distill_ray.errors import IntegrityError, LeaseLostError, UserError
 from distill_ray.lease import Lease, publish
 from distill_ray.schema import UnitSummary
 from distill_ray.storage import NotFoundError, open_storage
+from distill_ray.storage.local import LocalStorage
 from distill_ray.targets.index import MERGE_AT, UNITS_PER_OBJECT, summaries_table, table_summaries
+from distill_ray.units import HASH, Units, texts
 from tests.unit.targets_fakes import captured, dead_letter, identity, unit
 
 OF = identity(temperatures=(1.0,))
@@ -249,11 +253,20 @@ def test_an_altered_or_missing_manifest_is_refused(storage):
         targets.read_run_manifest(storage, entry)
 
 
+def test_the_corpus_of_a_manifest_is_the_fingerprint_of_its_units_whatever_their_order(storage):
+    units, _, entry = manifest(storage, names="dcba")
+    pairs = sorted([u.hash, u.multiplicity] for u in units)
+    assert len({multiplicity for _, multiplicity in pairs}) == 4
+    read = targets.read_run_manifest(storage, entry)
+    assert entry["corpus"] == read.corpus == fingerprint({"units": pairs})
+    assert targets.RunManifest(OF, tuple(read.units)[::-1]).corpus == read.corpus
+
+
 def test_the_units_of_a_lost_manifest_are_told_though_the_corpus_has_grown(storage):
     units, _, entry = manifest(storage, names="abcd")
     later = [unit(n) for n in "efgh"]
     storage.delete(entry["key"])
-    want = sorted(units, key=lambda u: u.hash)
+    want = Units.of(units)
     assert targets.units_of_lost_manifest(storage, entry, [*later, *units]) == want, "none of them captured yet"
     targets.append_index(storage, FP, [capture(storage, n) for n in "efgh"])
     assert targets.units_of_lost_manifest(storage, entry, [*later, *units]) == want
@@ -268,7 +281,7 @@ def test_the_units_of_a_lost_manifest_are_never_guessed(storage):
     assert targets.units_of_lost_manifest(storage, entry, twice) is None
     (key,) = index_keys(storage)
     storage.delete(key)
-    assert targets.units_of_lost_manifest(storage, entry, units) == sorted(units, key=lambda u: u.hash)
+    assert targets.units_of_lost_manifest(storage, entry, units) == Units.of(units)
     assert targets.units_of_lost_manifest(storage, entry, [*units, unit("e")]) is None
 
 
@@ -312,6 +325,26 @@ def test_an_index_from_before_entropy_was_noted_is_read_and_says_so(storage, tmp
     assert "entropy         in 1 of 2 units (47 of 94 rows), 1 not known (--verify reads them)\n" in report.render()
     full = targets.inspect(f"{tmp_path}/targets/{FP}", verify=True)
     assert "entropy         in 2 of 2 units (94 of 94 rows)\n" in full.render()
+
+
+def test_what_an_index_object_lacks_is_unknown_or_zero_and_stays_so_in_the_manifest(storage):
+    of = [(None, 0), (True, 7), (False, 9)]
+    units = Units.of(unit(name) for name in "abc")
+    added = [
+        summary(i, unit=u.hash, entropy=entropy, distinct_draws=draws)
+        for i, (u, (entropy, draws)) in enumerate(zip(units, of, strict=True))
+    ]
+    targets.append_index(storage, FP, table_summaries(summaries_table(added[:1]).drop_columns("entropy")))
+    targets.append_index(storage, FP, added[1:])
+    for i in range(MERGE_AT):
+        loaded = targets.load_index(storage, FP)
+        assert [(loaded[u.hash].entropy, loaded[u.hash].distinct_draws) for u in units] == of
+        targets.append_index(storage, FP, [summary(i)])
+    table, _ = targets.load_table(storage, FP, only=units.hashes)
+    with Lease.acquire(storage, RUN) as lease:
+        entry = targets.write_run_manifest(storage, lease.token, OF, units, table)
+    read = targets.read_run_manifest(storage, entry).units
+    assert [(u.summary.entropy, u.summary.distinct_draws) for u in read] == of
 
 
 def test_inspect_says_of_how_many_units_the_teachers_time_is_not_known(storage, tmp_path):
@@ -372,3 +405,80 @@ def test_inspect_says_what_is_wrong_with_the_uri(storage, tmp_path):
 def test_a_missing_object_is_told_from_a_broken_one(storage):
     with pytest.raises(NotFoundError):
         targets.open_unit(storage, FP, unit().hash, object_bytes=500)
+
+
+class CountingStorage(LocalStorage):
+    """Counts what is asked for."""
+
+    def __init__(self, uri):
+        super().__init__(uri)
+        self.listed, self.got = [], 0
+
+    def list(self, prefix):
+        self.listed.append(prefix)
+        return super().list(prefix)
+
+    def get_versioned(self, key):
+        self.got += 1
+        return super().get_versioned(key)
+
+
+def test_adding_to_the_index_never_lists_the_targets(tmp_path):
+    storage = CountingStorage(str(tmp_path))
+    capture(storage, "a")
+    for i in range(2 * MERGE_AT):
+        targets.append_index(storage, FP, [summary(i)])
+    assert set(storage.listed) == {f"targets/{FP}/index/"}
+
+
+def test_a_resume_lists_once_and_reads_no_target_object(tmp_path):
+    storage = CountingStorage(str(tmp_path))
+    found = [capture(storage, name) for name in "abc"]
+    targets.append_index(storage, FP, found)
+    storage.listed.clear()
+    storage.got = 0
+    hashes = targets.done_hashes(storage, FP)
+    assert texts(hashes) == sorted(keys(found))
+    assert storage.listed == [f"targets/{FP}/index/", f"targets/{FP}/"]
+    assert storage.got == 1
+
+
+def test_a_table_of_some_units_and_columns(storage):
+    added = [summary(i) for i in range(6)]
+    targets.append_index(storage, FP, added[3:])
+    targets.append_index(storage, FP, added[:4])
+    only = np.array([f"{i:032x}".encode() for i in (1, 3, 9)], HASH)
+    table, broken = targets.load_table(storage, FP, only=only, columns=("dead",))
+    assert table.column_names == ["unit", "indexed_at", "dead"]
+    assert table["unit"].to_pylist() == [added[1].unit, added[3].unit]
+    assert table["dead"].to_pylist() == [1, 1]
+    assert broken == []
+    table, _ = targets.load_table(storage, FP)
+    assert table["unit"].to_pylist() == [s.unit for s in added]
+
+
+def test_an_index_object_that_lacks_a_later_column_counts_as_zero(storage, monkeypatch):
+    from distill_ray.targets import index
+
+    whole = index.summaries_table
+    monkeypatch.setattr(index, "summaries_table", lambda s: whole(s).drop_columns(["dead"]))
+    targets.append_index(storage, FP, [summary(1)])
+    monkeypatch.undo()
+    targets.append_index(storage, FP, [summary(3)])
+    assert [s.dead for s in targets.load_index(storage, FP).values()] == [0, 1]
+
+
+def test_units_of_a_manifest_are_made_when_they_are_looked_at(storage):
+    _, _, entry = manifest(storage, names="dcba")
+    units = targets.read_run_manifest(storage, entry).units
+    every = list(units)
+    assert [u.unit for u in every] == texts(units.hashes) == sorted(u.unit for u in every)
+    assert [units[i].unit for i in (0, 3, -1)] == [every[i].unit for i in (0, 3, -1)]
+    assert [u.unit for u in units[1:3]] == [u.unit for u in every[1:3]]
+    assert [u.unit for u in pickle.loads(pickle.dumps(units[2:]))] == [u.unit for u in every[2:]]
+    assert units == targets.read_run_manifest(storage, entry).units
+    assert targets.ManifestUnits.of(every) == units
+    assert units.sum_of("object_bytes") == sum(u.object_bytes for u in every)
+    assert (units.sequences, units.tokens) == (20, 208)
+    with pytest.raises(IndexError):
+        units[4]

@@ -24,12 +24,16 @@ from distill_ray.errors import CannotCaptureError, IntegrityError, UserError
 from distill_ray.schema import TargetRows
 from distill_ray.storage import open_storage
 from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher.draws import DrawSpec
 from distill_ray.teacher.engine import finite_or_reason, refusal
 from distill_ray.teacher.flat import log_tail, rows_from_flat
+from distill_ray.teacher.head import Columns
 from distill_ray.teacher.hook import CaptureWorker
+from distill_ray.teacher.seeds import row_keys, sequence_hash
 from distill_ray.teacher.transformers_engine import TransformersEngine, rows_from_logits
 from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment, threads_bind
 from tests.assets import tiny_teacher_folder
+from tests.unit.draws_fakes import FakeHead, draws_of, reduced
 
 V, K = 50, 4
 
@@ -193,6 +197,38 @@ def test_reference_engine_end_to_end() -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("draws_from", ["all", "tail"])
+def test_reference_engine_draws_as_a_worker_does(draws_from: str) -> None:
+    """Equal logits give equal draws, whatever else is scored; a changed token changes all of a sequence's draws."""
+    section = CaptureSection.model_validate(
+        {"top_k": 8, "temperatures": (2.0,), "draws": 30, "draws_from": draws_from, "draws_temperature": 2.0}
+    )
+    engine = teacher.open_engine(_section(), section, 64)
+    assert isinstance(engine, TransformersEngine)
+    rng = np.random.default_rng(0)
+    tokens, other = rng.integers(0, 512, 40).astype(np.int32), rng.integers(0, 512, 9).astype(np.int32)
+    changed = np.append(tokens[:-1], 511 - tokens[-1]).astype(np.int32)
+    first, _, second = [r for r in engine.score([tokens, other, changed]) if isinstance(r, TargetRows)]
+    (again,) = engine.score([tokens])
+    assert isinstance(again, TargetRows)
+    assert first.draws is not None
+    assert again.draws is not None
+    assert second.draws is not None
+    np.testing.assert_array_equal(first.draws.words(), again.draws.words())
+    with torch.inference_mode():
+        table = torch.cat(list(engine._logits(tokens, 2**30)))
+    spec = DrawSpec(30, draws_from == "tail", 2.0)
+    keys = row_keys(sequence_hash(tokens), 0, 39)
+    words = reduced([FakeHead(table, [Columns(0, 512, 0)])], 8, (2.0,), spec, keys)
+    np.testing.assert_array_equal(draws_of(words, 8, (2.0,)).words(), first.draws.words())
+    np.testing.assert_array_equal(first.ids_NK, second.ids_NK)  # the last token is in no row's context
+    parts = [np.split(d.words(), np.cumsum(d.distinct_N)[:-1]) for d in (first.draws, second.draws)]
+    assert all(len(a) != len(b) or (a != b).any() for a, b in zip(*parts, strict=True))
+    row_M = np.repeat(np.arange(39), first.draws.distinct_N)
+    np.testing.assert_array_equal(np.bincount(row_M, first.draws.counts_M), 30)
+    engine.close()
+
+
 def _gemma2(folder: Path, **caps: float | None) -> Path:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -237,6 +273,10 @@ def test_soft_cap_inside_attention_is_honoured(tmp_path: Path) -> None:
 def test_open_engine_refuses_what_cannot_be_given(tmp_path: Path) -> None:
     with pytest.raises(CannotCaptureError, match="T ≠ 1"):
         teacher.open_engine(_section(engine="vllm"), CaptureSection(temperatures=(2.0,)), 64, "flat")
+    with pytest.raises(CannotCaptureError, match=r"capture\.draws=5: vLLM's public path shows the top 64 alone"):
+        teacher.open_engine(_section(engine="vllm"), CaptureSection(draws=5), 64, "flat")
+    with pytest.raises(UserError, match="keeps all 512 tokens of the teacher and leaves nothing to draw from"):
+        teacher.open_engine(_section(), CaptureSection(top_k=512, draws=5, draws_from="tail"), 64)
     with pytest.raises(UserError, match="use at most 512"):
         teacher.open_engine(_section(), CaptureSection(top_k=512).model_copy(update={"top_k": 513}), 64)
     with pytest.raises(UserError, match=r"no config\.json"):

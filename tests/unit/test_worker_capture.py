@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from distill_ray.config.sections import CaptureSection
+from distill_ray.errors import IntegrityError
 from distill_ray.teacher.head import UnknownEngineError
 from distill_ray.teacher.hook import CaptureWorker, install
-from distill_ray.teacher.spans import Span, rows_of
+from distill_ray.teacher.seeds import row_keys
+from distill_ray.teacher.spans import Span, keys_of, rows_of
 from distill_ray.teacher.store import RowStore
 
 PROMPTS = {"a": [5, 6, 7, 8, 9], "b": [1, 2], "c": [3, 4, 5, 6]}
@@ -120,6 +123,18 @@ def test_v2_rows() -> None:
     assert taken.actual == [[8, 9, 2]]
 
 
+def test_rows_computed_again_have_the_same_seeds() -> None:
+    """A preempted prompt comes again in other chunks, and in another engine under another name."""
+    a, b = 0x00C0FFEE00C0FFEE, 0xFFFFFFFFFFFFFFFF
+    once = keys_of([Span(f"s0-{a:016x}-1f2e3d4c", 0, 0, 9, 9), Span(f"s1-{b:016x}-99999999", 9, 2, 3, 9)])
+    again = [Span(f"s7-{a:016x}-aaaaaaaa", 0, 0, 4, 9), Span(f"s7-{a:016x}-aaaaaaaa", 4, 4, 5, 9)]
+    np.testing.assert_array_equal(keys_of(again), once[:9])
+    np.testing.assert_array_equal(once[9:], row_keys(b, 0, 9)[2:5])
+    assert len(set(once.tolist())) == 12
+    with pytest.raises(IntegrityError, match="calls a request 'cmpl-3'"):
+        keys_of([Span("cmpl-3", 0, 0, 4, 4)])
+
+
 def test_an_unknown_runner_is_refused() -> None:
     with pytest.raises(UnknownEngineError, match="has no _get_prompt_logprobs_dict"):
         install(SimpleNamespace(), Taken())
@@ -215,9 +230,9 @@ def test_why_the_public_path_is_taken_travels_with_every_unit():
     from distill_ray.schema import SourceSlice, Unit
     from distill_ray.teacher.vllm_engine import _may_fall_back
 
-    notes = _may_fall_back("auto", "vLLM 9.9 is not one of 0.32", ())
+    notes = _may_fall_back("auto", "vLLM 9.9 is not one of 0.32", CaptureSection())
     assert notes == ("vLLM's public path is used (vLLM 9.9 is not one of 0.32): several times slower, no entropy",)
-    assert _may_fall_back("flat", None, ()) == ()
+    assert _may_fall_back("flat", None, CaptureSection()) == ()
     engine: Any = SimpleNamespace(notes=notes, score=lambda _: [])
     unit = Unit("0" * 32, SourceSlice("a.txt", "0" * 64, "file", 0, 1), 1)
     assert teach(engine, ReadUnit(unit, [], [])).notes == notes

@@ -1,0 +1,104 @@
+"""The teacher in one Ray actor, seen from the driver as calls that a stop interrupts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distill_ray import corpus, teacher
+from distill_ray.audit.tolerance import Tolerance
+from distill_ray.audit.unit import Found, SequenceFigures, check_unit, open_scorer, score_again
+from distill_ray.config import Recipe
+from distill_ray.errors import DistillError, StoppedError
+from distill_ray.schema import Unit
+from distill_ray.storage import Storage, stage_folder
+from distill_ray.targets import CaptureIdentity
+
+_POLL_S = 0.2
+_RESTARTS = 1
+"""How often a teacher whose process died is started again."""
+
+
+class Auditor:
+    """The actor: one engine for its lifetime."""
+
+    def __init__(
+        self, recipe: Recipe, storage: Storage, identity: CaptureIdentity, engine: str, tolerance: Tolerance
+    ) -> None:
+        self._recipe, self._storage, self._identity, self._tolerance = recipe, storage, identity, tolerance
+        # Ray passes on an error of a constructor as text only. Raised by the first call, it arrives as what it is.
+        self._refused: DistillError | None = None
+        try:
+            self._scorer = open_scorer(recipe, identity, engine)
+            folder = stage_folder(recipe.teacher.model, weights=False)
+            self._tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
+        except DistillError as error:
+            self._refused = error
+
+    def check(self, unit: Unit, object_sha256: str) -> Found | None:
+        """`check_unit`."""
+        if self._refused is not None:
+            raise self._refused
+        return check_unit(self._storage, self._identity, self._recipe.corpus, self._tokenizer, unit, object_sha256)
+
+    def score(self, unit: str, sequences: tuple[int, ...]) -> SequenceFigures:
+        """`score_again`."""
+        return score_again(self._storage, self._identity, self._scorer, self._tolerance, unit, sequences)
+
+
+class RemoteAuditor:
+    """Calls to the actor; each waits for its answer or for a stop."""
+
+    def __init__(self, actor: Any, stop: threading.Event) -> None:
+        self._actor, self._stop = actor, stop
+
+    def check(self, unit: Unit, object_sha256: str) -> Found | None:
+        return self._answer(self._actor.check.remote(unit, object_sha256))
+
+    def score(self, unit: str, sequences: tuple[int, ...]) -> SequenceFigures:
+        return self._answer(self._actor.score.remote(unit, sequences))
+
+    def _answer(self, reference: Any) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        while not ray.wait([reference], timeout=_POLL_S)[0]:
+            if self._stop.is_set():
+                raise StoppedError("the audit was stopped; the same command begins it anew, all targets are kept")
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            # Ray's wrapper carries the worker's traceback as its message; a user wants the message alone.
+            if isinstance(error.cause, DistillError):
+                raise error.cause from error
+            raise
+        except RayActorError as error:
+            raise DistillError(
+                f"the teacher's process died {_RESTARTS + 1} times during the audit ({error}); run the command again, "
+                "or audit with the other engine ([audit] engine)"
+            ) from error
+
+
+@contextmanager
+def remote_auditor(
+    recipe: Recipe,
+    storage: Storage,
+    identity: CaptureIdentity,
+    engine: str,
+    tolerance: Tolerance,
+    stop: threading.Event,
+) -> Iterator[RemoteAuditor]:
+    """An actor with the resources of a capture's teacher, gone at the end. Ray must be initialised."""
+    import ray
+
+    remote: Any = ray.remote(Auditor).options(
+        max_restarts=_RESTARTS, max_task_retries=_RESTARTS, **teacher.actor_resources(recipe.teacher)
+    )
+    actor = remote.remote(recipe, storage, identity, engine, tolerance)
+    try:
+        yield RemoteAuditor(actor, stop)
+    finally:
+        # vLLM's own processes end with the one that started them.
+        ray.kill(actor, no_restart=True)

@@ -1,0 +1,138 @@
+"""The audit of one unit: what needs no teacher for all of it, and some of its sequences scored again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from distill_ray import corpus, targets, teacher
+from distill_ray.audit.dense import rows_from_dense
+from distill_ray.audit.pair import Difference
+from distill_ray.audit.rows import compare_rows
+from distill_ray.audit.source import check_alignment, compare_source
+from distill_ray.audit.tolerance import Tolerance
+from distill_ray.config import Recipe
+from distill_ray.config.sections import CorpusSection
+from distill_ray.schema import TargetRows, Unit
+from distill_ray.storage import Storage
+from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher.engine import finite_or_reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from distill_ray.teacher import DenseEngine
+
+_MORE_RANKS = 64
+"""Least number of ids re-scored beyond the K stored ones: a swap at the last place then meets a value of its own."""
+
+Scorer = Callable[[list[np.ndarray]], list[TargetRows | str]]
+"""Token ids of sequences → rows with R ≥ K ids each, or why there are none."""
+
+Found = tuple[int, Difference]
+"""A sequence of a unit, and where it differs."""
+
+
+@dataclass(frozen=True)
+class SequenceFigures:
+    """What scoring some sequences of a unit again gave; counts end at the first difference."""
+
+    rows: int = 0
+    worst: float = 0.0
+    """Largest difference of a log-probability beyond the codec's rounding, in nats."""
+    worst_at: tuple[int, int] = (0, 0)
+    """Its sequence and row."""
+    moved_mass: float = 0.0
+    """Sum over rows of the total variation distance."""
+    difference: Found | None = None
+
+
+def open_scorer(recipe: Recipe, identity: CaptureIdentity, engine: str) -> Scorer:
+    """Load the teacher in this process, by a path that capture inside vLLM's workers shares nothing with.
+
+    Args:
+        recipe: of the run.
+        identity: of its capture.
+        engine: "vllm" for the public path (no temperatures but 1, no entropy), "transformers" for the dense reference.
+
+    Raises:
+        UserError: the engine cannot load this teacher.
+    """
+    kept = min(identity.vocab_size, max(2 * identity.top_k, identity.top_k + _MORE_RANKS))
+    section = recipe.teacher.model_copy(update={"engine": engine})
+    # model_copy validates nothing: R may exceed what a recipe may store.
+    capture = recipe.capture.model_copy(update={"top_k": kept, "temperatures": (1.0,)})
+    opened = teacher.open_engine(section, capture, recipe.corpus.window_tokens, path="flat")
+    if engine == "transformers":
+        return partial(_score_densely, cast("DenseEngine", opened), kept, identity.extra_temperatures)
+    return opened.score
+
+
+def _score_densely(
+    engine: DenseEngine, kept: int, temperatures: tuple[float, ...], sequences: list[np.ndarray]
+) -> list[TargetRows | str]:
+    dense = ((s, engine.dense_logprobs(s)) for s in sequences)
+    return [finite_or_reason(rows_from_dense(logprobs_NV, s, kept, temperatures)) for s, logprobs_NV in dense]
+
+
+def check_unit(
+    storage: Storage,
+    identity: CaptureIdentity,
+    section: CorpusSection,
+    tokenizer: PreTrainedTokenizerBase,
+    unit: Unit,
+    object_sha256: str,
+) -> Found | None:
+    """Compare all sequences of a unit with its source, tokenised again, and their rows with their own tokens.
+
+    Args:
+        storage: where the object lies.
+        identity: of the capture.
+        section: the recipe's [corpus].
+        tokenizer: the teacher's.
+        unit: as the corpus is planned now: it says where the source lies.
+        object_sha256: of the object, as the run's manifest has it.
+
+    Raises:
+        IntegrityError: the object is not the one that the manifest recorded.
+        UserError: the source is gone or changed since it was planned.
+    """
+    stored = targets.read_unit(storage, identity, unit.hash, expect_sha256=object_sha256)
+    sequences, _ = corpus.read_unit_sequences(unit, section, tokenizer)
+    if (found := compare_source(stored, sequences)) is not None:
+        return found
+    misaligned = ((i, check_alignment(identity, stored.sequence(i))) for i in range(len(stored)))
+    return next(((i, different) for i, different in misaligned if different is not None), None)
+
+
+def score_again(
+    storage: Storage,
+    identity: CaptureIdentity,
+    scorer: Scorer,
+    tolerance: Tolerance,
+    unit: str,
+    sequences: tuple[int, ...],
+) -> SequenceFigures:
+    """Compare the rows of some sequences of a unit, by their places in the stored order, with the teacher's."""
+    reader = targets.open_unit(storage, identity, unit)
+    stored = [reader.sequences(i, i + 1)[0] for i in sequences]
+    found = SequenceFigures()
+    for i, sequence, again in zip(sequences, stored, scorer([s.tokens for s in stored]), strict=True):
+        if isinstance(again, str):
+            refused = Difference(0, f"the teacher captured this sequence and cannot score it again: {again}")
+            return SequenceFigures(found.rows, found.worst, found.worst_at, found.moved_mass, (i, refused))
+        one = compare_rows(identity, sequence, targets.decode_rows(identity, sequence), again, tolerance)
+        found = SequenceFigures(
+            found.rows + one.rows,
+            max(found.worst, one.worst),
+            (i, one.worst_at) if one.worst > found.worst else found.worst_at,
+            found.moved_mass + one.moved_mass,
+            None if one.difference is None else (i, one.difference),
+        )
+        if found.difference is not None:
+            break
+    return found

@@ -1,0 +1,191 @@
+"""Audit of one run: choose a sample, compare it, and publish the outcome, whichever it is."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from distill_ray import corpus
+from distill_ray.audit.outcome import PATHS, Outcome, document_of, limits, sentence
+from distill_ray.audit.sample import UnitSample, choose, whole
+from distill_ray.audit.tolerance import MEAN_ROWS, Tolerance, tolerance_of
+from distill_ray.audit.unit import Found
+from distill_ray.config import Recipe
+from distill_ray.errors import IntegrityError, UserError
+from distill_ray.lease import LeaseToken, document_entry, publish, put_owned, read_published
+from distill_ray.schema import Unit
+from distill_ray.storage import Storage
+from distill_ray.targets import RunManifest, unit_key
+from distill_ray.telemetry import Progress
+from distill_ray.units import HASH, places_in
+
+_BATCH_TOKENS = 32_768
+"""Tokens scored between two looks at the progress."""
+
+
+def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why the published audit does not let this recipe train; None where it does."""
+    entry = published["audit"]
+    if not entry["passed"]:
+        return "it failed"
+    if entry["targets"] != published["targets"]["sha256"]:
+        return "it is of other targets"
+    return None if entry["settings"] == _settings(recipe) else "other settings of [audit]"
+
+
+def require_sample(recipe: Recipe) -> None:
+    """Raises UserError where the recipe leaves nothing to audit."""
+    if not recipe.audit.is_on:
+        raise UserError("audit.sequences=0 leaves nothing to audit; set it, or give --sequences or --unit")
+
+
+def run(
+    recipe: Recipe,
+    storage: Storage,
+    manifest: RunManifest,
+    token: LeaseToken,
+    stop: threading.Event,
+    progress: Callable[[str, int | None, str], Progress] = Progress,
+) -> dict[str, Any]:
+    """Compare a sample of the run's targets with its corpus and its teacher; publish the outcome as "audit".
+
+    Ray must be initialised; the teacher runs in one actor. Of a sampled unit every sequence is compared with the
+    corpus, and the sampled ones are scored again in full.
+
+    Args:
+        recipe: the run; [audit] says how much is compared, and by which engine.
+        storage: the run's root.
+        manifest: the targets that the run uses.
+        token: of the run's lease.
+        stop: set it to stop; nothing is published then.
+        progress: makes the progress display.
+
+    Returns:
+        The document, as written to audit.json.
+
+    Raises:
+        IntegrityError: something differs: names unit, sequence and position, and what to do. It is published too.
+        UserError: the sources of the sampled units cannot be read again, or the engine cannot load the teacher.
+        StoppedError: `stop` was set.
+    """
+    require_sample(recipe)
+    # Whatever comes of this one, an older outcome must not let training begin.
+    publish(storage, token, "audit", None)
+    entry = read_published(storage, recipe.run_prefix)["targets"]
+    if recipe.audit.units:
+        samples = whole(manifest, recipe.audit.units)
+    else:
+        samples = choose(manifest, entry["sha256"], recipe.audit.sequences)
+    engine = recipe.teacher.engine if recipe.audit.engine == "auto" else recipe.audit.engine
+    arithmetic = manifest.identity.teacher
+    tolerance = tolerance_of(arithmetic["dtype"], arithmetic["quantization"])
+    with progress("audit", sum(len(s.sequences) for s in samples), "sequences") as bar:
+        bar.note(f"{len(samples)} of {len(manifest.units)} units, scored again by {PATHS[engine]}")
+        for text in limits(manifest, engine, tolerance):
+            bar.note(text)
+        outcome = _compare(recipe, storage, manifest, samples, engine, tolerance, stop, bar)
+        bar.note(sentence(outcome))
+    document = document_of(manifest, outcome, engine, tolerance)
+    _publish(recipe, storage, token, entry["sha256"], document)
+    if outcome.failure is not None:
+        raise IntegrityError(outcome.failure)
+    return document
+
+
+def _compare(
+    recipe: Recipe,
+    storage: Storage,
+    manifest: RunManifest,
+    samples: list[UnitSample],
+    engine: str,
+    tolerance: Tolerance,
+    stop: threading.Event,
+    bar: Progress,
+) -> Outcome:
+    from distill_ray.audit.remote import remote_auditor
+
+    units = _sources(recipe, storage, manifest, samples)
+    outcome = Outcome()
+    with remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop) as auditor:
+        for sample in samples:
+            unit, where = sample.unit.unit, f"{storage.uri}/{unit_key(manifest.identity, sample.unit.unit)}"
+            different = auditor.check(units[unit], sample.unit.object_sha256)
+            outcome.read += len(sample.unit.lengths)
+            for batch in _batches(sample) if different is None else ():
+                found = auditor.score(unit, batch)
+                outcome.add(unit, batch, found)
+                bar.advance(len(batch), worst_nats=outcome.worst, moved_mass=outcome.mean_moved_mass)
+                different = found.difference
+                if different is not None:
+                    break
+            if different is not None:
+                outcome.failure = _failure(sample, different, where)
+                return outcome
+    if outcome.rows >= MEAN_ROWS and not outcome.mean_moved_mass <= tolerance.mean_mass:
+        outcome.failure = (
+            f"audit: over {outcome.rows} rows the mean probability mass that lies elsewhere is "
+            f"{outcome.mean_moved_mass:.4f}, allowed {tolerance.mean_mass}: no single row stands out, all are off; "
+            f"{_remedy(f'the capture {storage.uri}/targets/{manifest.fingerprint}')}"
+        )
+    return outcome
+
+
+def _sources(recipe: Recipe, storage: Storage, manifest: RunManifest, samples: list[UnitSample]) -> dict[str, Unit]:
+    """Where the sampled units' sources lie now."""
+    planned = corpus.plan_units(recipe.corpus, manifest.identity.tokenizer, storage)
+    place, found = places_in(planned.hashes, np.array([s.unit.unit for s in samples], HASH))
+    gone = [s.unit for s, there in zip(samples, found, strict=True) if not there]
+    if gone:
+        raise UserError(
+            f"{len(gone)} of the {len(samples)} units to audit are no longer in the corpus (one: of {gone[0].source}); "
+            "restore those sources, or set audit.sequences = 0 to train unaudited"
+        )
+    return {s.unit.unit: planned[at] for s, at in zip(samples, place.tolist(), strict=True)}
+
+
+def _batches(sample: UnitSample) -> Iterator[tuple[int, ...]]:
+    batch: list[int] = []
+    for i in sample.sequences:
+        batch.append(i)
+        if int(sample.unit.lengths[batch].sum()) >= _BATCH_TOKENS:
+            yield tuple(batch)
+            batch = []
+    if batch:
+        yield tuple(batch)
+
+
+def _failure(sample: UnitSample, found: Found, where: str) -> str:
+    sequence, different = found
+    return (
+        f"audit: unit {sample.unit.unit} (of {sample.unit.source}), sequence {sequence}, position "
+        f"{different.position}: {different.what}; {_remedy(where)}"
+    )
+
+
+def _remedy(what: str) -> str:
+    return (
+        f"delete {what} and run the command again: what is missing is captured anew. If it fails again, the teacher "
+        "does not repeat itself: ask the other engine (`distill-ray audit --engine`) before training on its targets"
+    )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.audit.model_dump(mode="json")
+
+
+def _publish(
+    recipe: Recipe, storage: Storage, token: LeaseToken, targets_sha256: str, document: dict[str, Any]
+) -> None:
+    data = (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
+    key = f"{token.run_prefix}/audit.json"
+    put_owned(storage, token, key, data)
+    shown = {
+        name: document[name]
+        for name in ("passed", "failure", "path", "dtype", "tolerance", "units", "sequences", "rows", "worst_nats")
+    }
+    links = {"targets": targets_sha256, "settings": _settings(recipe)}
+    publish(storage, token, "audit", document_entry(key, data) | links | shown)

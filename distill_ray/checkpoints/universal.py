@@ -1,0 +1,66 @@
+"""Checkpoints converted for any number of workers: made once, kept under the checkpoint they come from, and reused."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from distill_ray.checkpoints.manifest import Manifest, StoredFile, load_manifest, problems_of, step_name
+from distill_ray.errors import IntegrityError
+from distill_ray.lease import LeaseToken, document_entry, file_sha256, read_published
+from distill_ray.lease import publish as publish_entry
+from distill_ray.storage import Storage
+
+_PREFIX = "universal/"
+_AT_ONCE = 8
+
+
+def universal_of(storage: Storage, run_prefix: str, manifest: Manifest) -> Manifest | None:
+    """The whole conversion of exactly this checkpoint, or None."""
+    entry = read_published(storage, run_prefix).get(_PREFIX + step_name(manifest.step))
+    if entry is None or entry["of"] != manifest.prefix:
+        return None
+    try:
+        found = load_manifest(storage, entry)
+    except IntegrityError:
+        return None  # it is made anew
+    return None if problems_of(storage, found) else found
+
+
+def store_universal(storage: Storage, token: LeaseToken, manifest: Manifest, folder: Path) -> Manifest:
+    """Upload the converted files, several at once, and publish them.
+
+    Args:
+        storage: the run's store.
+        token: of the run's lease.
+        manifest: of the checkpoint that was converted.
+        folder: the conversion; names keep its inner folders.
+
+    Raises:
+        LeaseLostError: another driver took the run over; nothing was published.
+    """
+    prefix = f"{manifest.prefix}/universal-e{token.epoch:04d}"
+
+    def store(path: Path) -> StoredFile:
+        name = path.relative_to(folder).as_posix()
+        file = StoredFile(name, path.stat().st_size, file_sha256(path))
+        storage.upload(path, f"{prefix}/{name}")
+        return file
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        files = tuple(pool.map(store, sorted(p for p in folder.rglob("*") if p.is_file())))
+    stored = dataclasses.replace(manifest, epoch=token.epoch, files=files, prefix=prefix)
+    data = stored.to_json()
+    key = stored.key_of("manifest.json")
+    storage.put(key, data)
+    entry = {**document_entry(key, data), "of": manifest.prefix}
+    publish_entry(storage, token, _PREFIX + step_name(manifest.step), entry)
+    return stored
+
+
+def forget_universal(storage: Storage, token: LeaseToken, step: int) -> None:
+    """Take a dropped checkpoint's conversion out of the record; its objects lie under the checkpoint's own folder."""
+    name = _PREFIX + step_name(step)
+    if name in read_published(storage, token.run_prefix):
+        publish_entry(storage, token, name, None)

@@ -1,0 +1,110 @@
+"""Checkpoints that do not stop training: files are written between two steps and uploaded beside the next ones."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill_ray import checkpoints
+from distill_ray.checkpoints import StoredFile
+from distill_ray.lease import LeaseToken
+from distill_ray.storage import Storage
+
+Write = Callable[[Path], list[Path]]
+"""Writes this rank's files of a checkpoint under a folder; returns them."""
+Publish = Callable[[list[StoredFile]], None]
+"""Makes the checkpoint count, given every rank's files."""
+
+
+@dataclass
+class _Flight:
+    folder: tempfile.TemporaryDirectory[str]
+    files: Future[list[StoredFile]]
+    publish: Publish
+
+
+class Saver:
+    """One rank's side of saving. Every rank calls `begin` and `land` at the same steps.
+
+    At most one checkpoint is on its way: another doubles the disk that is needed, and is older when it counts.
+    """
+
+    def __init__(self, storage: Storage, token: LeaseToken) -> None:
+        self._storage, self._token = storage, token
+        self._uploads = ThreadPoolExecutor(1, "upload")
+        self._publications = ThreadPoolExecutor(1, "publish")
+        self._flight: _Flight | None = None
+        self._published: Future[None] | None = None
+        self._seconds = 0.0
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a checkpoint is on its way; the same on every rank."""
+        return self._flight is not None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether this rank's files of it are stored, or cannot be."""
+        return self._flight is not None and self._flight.files.done()
+
+    def take(self) -> float:
+        """Seconds that the training thread spent here since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def check(self) -> None:
+        """Raise what a publication failed with: where the lease is lost, every further step is for nothing."""
+        if self._published is not None and self._published.done():
+            self._wait_published()
+
+    def begin(self, step: int, write: Write, publish: Publish) -> None:
+        """Write the files now, upload them beside training.
+
+        Args:
+            step: optimizer steps done.
+            write: called at once: what it writes is the state between two steps.
+            publish: called on rank 0, in a thread, once the files of all ranks are stored.
+        """
+        assert self._flight is None, "one at a time"
+        started = time.perf_counter()
+        folder = tempfile.TemporaryDirectory(prefix="distill-ray-save-")
+        paths = write(Path(folder.name))
+        files = self._uploads.submit(checkpoints.upload, self._storage, self._token, step, paths)
+        self._flight = _Flight(folder, files, publish)
+        self._seconds += time.perf_counter() - started
+
+    def land(self) -> None:
+        """Wait for all ranks' files and have them published; nothing where none is on its way. A collective.
+
+        Raises whatever upload or the publication before raised.
+        """
+        import torch.distributed as dist
+
+        if self._flight is None:
+            return
+        started = time.perf_counter()
+        flight, self._flight = self._flight, None
+        with flight.folder:
+            mine = flight.files.result()
+        everyone: list[list[StoredFile]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+        self._wait_published()
+        if dist.get_rank() == 0:
+            self._published = self._publications.submit(flight.publish, [f for files in everyone for f in files])
+        self._seconds += time.perf_counter() - started
+
+    def drain(self) -> None:
+        """Until nothing is on its way any more and the last checkpoint counts. A collective."""
+        self.land()
+        started = time.perf_counter()
+        self._wait_published()
+        self._seconds += time.perf_counter() - started
+
+    def _wait_published(self) -> None:
+        published, self._published = self._published, None
+        if published is not None:
+            published.result()

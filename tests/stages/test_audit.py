@@ -1,0 +1,191 @@
+"""The audit through the command line, on a real capture: sound targets pass, one wrong number in one row does not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill_ray import corpus, targets
+from distill_ray.audit.tolerance import tolerance_of
+from distill_ray.audit.unit import Found, Scorer, check_unit, open_scorer, score_again
+from distill_ray.capture import capture_identity
+from distill_ray.codec import encode
+from distill_ray.config import load_recipe
+from distill_ray.lease import Lease, publish
+from distill_ray.schema import SourceSlice, TargetRows, Unit
+from distill_ray.status import status
+from distill_ray.storage import open_storage
+from distill_ray.targets.writer import _to_bytes as sealed
+from tests.assets import TINY_VOCAB, tiny_llama_folder
+from tests.stages.jobs import Job
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("cluster_address")]
+
+Plant = Callable[[TargetRows, int], TargetRows]
+"""Decoded rows and a row's number → the rows with that one wrong."""
+
+
+def one_row_shift(rows: TargetRows, t: int) -> TargetRows:
+    """Row t holds what belongs to row t + 1."""
+    return row_replaced(rows, t, rows.ids_NK[t + 1], rows.logprobs_NK[t + 1], rows.log_tail_N[t + 1])
+
+
+def one_swapped_id(rows: TargetRows, t: int) -> TargetRows:
+    """Rank 5 of row t is an id that the row does not keep."""
+    ids = rows.ids_NK[t].copy()
+    ids[4] = np.setdiff1d(np.arange(TINY_VOCAB), rows.ids_NK[t])[100]
+    return row_replaced(rows, t, ids, rows.logprobs_NK[t], rows.log_tail_N[t])
+
+
+def a_third_of_a_nat(rows: TargetRows, t: int) -> TargetRows:
+    """Rank 3 of row t is 0.3 nats too likely; the row stays in rank order."""
+    logprobs = rows.logprobs_NK[t].copy()
+    logprobs[2] += 0.3
+    order = np.argsort(-logprobs, kind="stable")
+    return row_replaced(rows, t, rows.ids_NK[t][order], logprobs[order], rows.log_tail_N[t])
+
+
+def row_replaced(rows: TargetRows, t: int, ids: np.ndarray, logprobs: np.ndarray, log_tail: float) -> TargetRows:
+    values = [a.copy() for a in (rows.ids_NK, rows.logprobs_NK, rows.log_tail_N)]
+    for array, value in zip(values, (ids, logprobs, log_tail), strict=True):
+        array[t] = value
+    return replace(rows, ids_NK=values[0], logprobs_NK=values[1], log_tail_N=values[2])
+
+
+@dataclass(frozen=True)
+class Planted:
+    unit: str
+    sequence: int
+    position: int
+    path: Path
+    """The unit's object."""
+
+
+def plant(job: Job, change: Plant, version: str = "v1") -> Planted:
+    """Change one row of one object, seal it anew and let the run's manifest name it: every checksum holds."""
+    storage = open_storage(job.root)
+    manifest = targets.read_run_manifest(storage, job.published(version)["targets"])
+    victim = max(manifest.units, key=lambda u: len(u.lengths))
+    i, t = len(victim.lengths) - 1, int(victim.lengths[-1]) // 2
+    stored = targets.read_unit(storage, manifest.identity, victim.unit)
+    sequences = [stored.sequence(j) for j in range(len(stored))]
+    rows = change(stored.rows(i), t)
+    packed = sequences[i].packed_NB.copy()
+    packed[t] = encode(rows.ids_NK[t : t + 1], rows.logprobs_NK[t : t + 1], rows.log_tail_N[t : t + 1], TINY_VOCAB)
+    sequences[i] = replace(sequences[i], packed_NB=packed)
+    info = stored.info
+    data = sealed(info.identity, info.unit, sequences, list(info.dead), info.kept_mass_sum)
+    key = targets.unit_key(manifest.identity, victim.unit)
+    storage.put(key, data)
+    summaries = {u.unit: u.summary for u in manifest.units}
+    summaries[victim.unit] = targets.read_unit(storage, manifest.identity, victim.unit).summary()
+    planned = [_planned(u) for u in manifest.units]
+    with Lease.acquire(storage, f"runs/tiny/{version}") as lease:
+        entry = targets.write_run_manifest(storage, lease.token, manifest.identity, planned, summaries)
+        publish(storage, lease.token, "targets", job.published(version)["targets"] | entry)
+    return Planted(victim.unit, i, t, Path(job.root, key))
+
+
+def _planned(unit: targets.ManifestUnit) -> Unit:
+    return Unit(unit.unit, SourceSlice(unit.source, "", "lines", 0, 0), 0, unit.multiplicity)
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captured")
+    Job(folder, str(folder / "root"), audit=6).call(command="capture")
+    return folder
+
+
+@pytest.fixture
+def job(captured: Path, tmp_path: Path) -> Job:
+    shutil.copytree(captured / "root", tmp_path / "root")
+    shutil.copytree(captured / "data", tmp_path / "data")
+    return Job(tmp_path, str(tmp_path / "root"), audit=6)
+
+
+def shown(job: Job) -> str:
+    return status(load_recipe(job.recipe)).render()
+
+
+def test_sound_targets_pass_and_are_not_audited_twice(job: Job):
+    assert "audit     to do" in shown(job)
+    first = job.call(command="audit")
+    assert "sound" in first.stderr
+    entry = job.published()["audit"]
+    assert entry["passed"]
+    assert (entry["path"], entry["dtype"], entry["sequences"], entry["units"]) == (
+        "transformers, dense",
+        "float32",
+        6,
+        6,
+    )
+    assert entry["worst_nats"] < 1e-4
+    assert re.search(r"audit     done: 6 sequences, [\d,]+ rows by transformers, dense \(float32\)", shown(job))
+    again = job.call(command="audit")
+    assert "scored again" not in again.stderr
+    assert job.published()["audit"] == entry
+
+
+@pytest.fixture(scope="module")
+def scorer(captured: Path) -> Scorer:
+    """The dense reference in this process."""
+    recipe = load_recipe(captured / "recipe.toml")
+    return open_scorer(recipe, capture_identity(recipe), "transformers")
+
+
+def audit_whole(job: Job, unit: str, scorer: Scorer) -> Found | None:
+    """What the audit does with one unit and all its sequences."""
+    recipe, storage = load_recipe(job.recipe), open_storage(job.root)
+    manifest = targets.read_run_manifest(storage, job.published()["targets"])
+    identity, stored = manifest.identity, next(u for u in manifest.units if u.unit == unit)
+    tokenizer = corpus.load_tokenizer(recipe.teacher.model, False)
+    (source,) = [u for u in corpus.plan_units(recipe.corpus, identity.tokenizer, storage) if u.hash == unit]
+    found = check_unit(storage, identity, recipe.corpus, tokenizer, source, stored.object_sha256)
+    places = tuple(range(len(stored.lengths)))
+    return found or score_again(storage, identity, scorer, tolerance_of("float32", None), unit, places).difference
+
+
+@pytest.mark.parametrize("change", [one_row_shift, one_swapped_id, a_third_of_a_nat], ids=lambda c: c.__name__)
+def test_one_wrong_row_of_a_sealed_object_is_found_at_its_position(change: Plant, job: Job, scorer: Scorer):
+    planted = plant(job, change)
+    found = audit_whole(job, planted.unit, scorer)
+    assert found is not None
+    assert (found[0], found[1].position) == (planted.sequence, planted.position)
+
+
+def test_training_does_not_start_on_wrong_targets_and_the_remedy_works(job: Job, scorer: Scorer):
+    planted = plant(job, a_third_of_a_nat)
+    # Of a named unit every sequence is audited.
+    job = Job(job.folder, job.root, edits={"sequences = 0": f'units = ["{planted.unit}"]'})
+    failed = job.call(command="train", code=1)
+    assert "Traceback" not in failed.stderr
+    assert f"unit {planted.unit} (of {job.data}" in failed.stderr
+    assert f"sequence {planted.sequence}, position {planted.position}:" in failed.stderr
+    assert f"delete {planted.path}" in failed.stderr
+    assert f"position {planted.position}" in shown(job)
+    assert not any(name.startswith(("student", "checkpoint")) for name in job.published())
+    planted.path.unlink()
+    job.call(command="capture")
+    assert job.published()["targets"]["captured"] == 1
+    assert "audit     to do" in shown(job)
+    assert audit_whole(job, planted.unit, scorer) is None
+
+
+@pytest.mark.slow
+def test_what_vllms_workers_captured_is_what_its_public_path_gives(tmp_path: Path):
+    wide = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)  # vLLM's CPU attention takes no head of 16
+    job = Job(tmp_path, str(tmp_path / "root"), engine="vllm", teacher=wide, audit=6)
+    passed = job.call(command="audit")
+    print(passed.stderr)
+    entry = job.published()["audit"]
+    assert (entry["passed"], entry["path"]) == (True, "vLLM's public path")
+    planted = plant(job, one_swapped_id)
+    failed = job.call("--unit", planted.unit, command="audit", code=1)
+    assert f"sequence {planted.sequence}, position {planted.position}:" in failed.stderr
