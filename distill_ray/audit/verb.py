@@ -123,7 +123,7 @@ def _compare(
                 if different is not None:
                     break
             if different is not None:
-                outcome.failure = _failure(sample, different, where)
+                outcome.failure = _failure(units[unit], different, where)
                 return outcome
     if outcome.rows >= MEAN_ROWS and not outcome.mean_moved_mass <= tolerance.mean_mass:
         outcome.failure = (
@@ -158,10 +158,10 @@ def _batches(sample: UnitSample) -> Iterator[tuple[int, ...]]:
         yield tuple(batch)
 
 
-def _failure(sample: UnitSample, found: Found, where: str) -> str:
+def _failure(unit: Unit, found: Found, where: str) -> str:
     sequence, different = found
     return (
-        f"audit: unit {sample.unit.unit} (of {sample.unit.source}), sequence {sequence}, position "
+        f"audit: unit {unit.hash} (of {unit.source.uri}), sequence {sequence}, position "
         f"{different.position}: {different.what}; {_remedy(where)}"
     )
 

@@ -30,7 +30,7 @@ def _encode_signature(id_kind: types.Type) -> tuple[types.Type, ...]:
     return (*source, *sizes, types.float32, types.float32, types.float32, _written(types.uint8), types.intp)
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _is_sound(ids_K, logprobs_K, vocab_size, above_zero, seen):
     """The checks of `reference.check` on one row, but for its tail. `seen` is V bits, all 0 before and after."""
     k = len(ids_K)
@@ -56,7 +56,7 @@ def _is_sound(ids_K, logprobs_K, vocab_size, above_zero, seen):
     return twice == 0
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _pack_planes(ids_K, planes, words, out_B):
     """Bit planes of one row. `words` are ⌈k/8⌉ uint64, whose bytes beyond k are 0."""
     high_K = words.view(np.uint8)
@@ -69,7 +69,7 @@ def _pack_planes(ids_K, planes, words, out_B):
             out_B[plane * width + g] = np.uint8((bits * _SPREAD) >> np.uint64(56))
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _encode(ids, id_stride, logprobs, stride, n, k, vocab_size, planes, above_zero, max_gap, scale, out, head):
     width = (k + 7) // 8
     size = head + 3 * k + planes * width

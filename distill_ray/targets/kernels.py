@@ -16,7 +16,7 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 _LEAST = np.float32(-87.0)  # below, exp is no normal float32
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _exp(x):
     """float32 e^x within 2e-7 for −87 ≤ x ≤ 1, held there outside; vector instructions, unlike the library's.
 
@@ -35,7 +35,7 @@ def _exp(x):
     return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _sum(values_K):
     """In a fixed order that four float64 lanes can keep."""
     k = len(values_K)
@@ -50,7 +50,7 @@ def _sum(values_K):
     return (a + b) + (c + d)
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _is_of_token(ids_K, logprobs_K, log_tail, token, actual, rank, tolerance, floor):
     """`validate._check_actual` for one row."""
     k = len(ids_K)

@@ -12,10 +12,6 @@ Legend: R rows, W columns, K kept, S temperatures (the first is 1).
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +19,9 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+
+from distill_ray.jit import compiled
+from distill_ray.teacher.threads import by_rows
 
 _STRIDE = 64
 """Columns between two of one group."""
@@ -73,7 +72,7 @@ _load: Any = intrinsic(_emit_load)
 
 
 # A function compiled from within a fastmath one is fastmath itself: the usual rounding by (y + M) − M would be y.
-@njit(nogil=True, cache=True)
+@njit(forceinline=True, nogil=True)
 def _exp2(y: Any) -> Any:
     """2^y for y in [−126, 0]."""
     n = _floor(y + np.float32(0.5))
@@ -87,7 +86,7 @@ def _exp2(y: Any) -> Any:
 
 
 # Slices, indexed from 0: with start + i as the index, a test for negative ones would keep the loops scalar.
-@njit(nogil=True, cache=True)
+@njit(forceinline=True, nogil=True)
 def _group_maxima(z_W: Any, maxima: Any) -> int:
     """Fill `maxima`; the number of groups, 64 for each chunk begun. NaN is never a maximum."""
     n_groups = (len(z_W) + _CHUNK - 1) // _CHUNK * _STRIDE
@@ -102,7 +101,7 @@ def _group_maxima(z_W: Any, maxima: Any) -> int:
     return n_groups
 
 
-@njit(nogil=True, cache=True)
+@njit(forceinline=True, nogil=True)
 def _sift_down(values: Any, ids: Any, size: int, at: int) -> None:
     """Min-heap: at the root the least value, among equal ones the one with the highest id."""
     value, id_ = values[at], ids[at]
@@ -122,7 +121,7 @@ def _sift_down(values: Any, ids: Any, size: int, at: int) -> None:
     values[at], ids[at] = value, id_
 
 
-@njit(nogil=True, cache=True)
+@njit(forceinline=True, nogil=True)
 def _offer(values: Any, ids: Any, size: int, value: Any, id_: int) -> int:
     """Offer a value to a heap of room len(values); its size then."""
     if size < len(values):
@@ -137,7 +136,7 @@ def _offer(values: Any, ids: Any, size: int, value: Any, id_: int) -> int:
     return size
 
 
-@njit(nogil=True, cache=True)
+@njit(forceinline=True, nogil=True)
 def _select(z_W: Any, values: Any, ids: Any, maxima: Any) -> None:
     """The len(values) greatest, in descending order, equal ones by ascending column. W ≥ len(values)."""
     room = len(values)
@@ -166,7 +165,7 @@ def _select(z_W: Any, values: Any, ids: Any, maxima: Any) -> None:
         _sift_down(values, ids, end, 0)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(forceinline=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
 def _block_counts(z: Any, top: Any, actual: Any, gaps: Any) -> Any:
     """Fill `gaps` with z − top; how many logits exceed `actual`, and how many are NaN."""
     greater = np.float32(0)
@@ -179,7 +178,7 @@ def _block_counts(z: Any, top: Any, actual: Any, gaps: Any) -> Any:
     return greater, bad
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(forceinline=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
 def _block_sum(gaps: Any, count: int, scale: Any) -> Any:
     total = np.float32(0)
     for i in range(count):
@@ -187,7 +186,7 @@ def _block_sum(gaps: Any, count: int, scale: Any) -> Any:
     return total
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(forceinline=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
 def _block_sum_weighted(gaps: Any, count: int) -> Any:
     """Σ e^d and Σ e^d·(−d) / ln 2."""
     total = np.float32(0)
@@ -200,19 +199,18 @@ def _block_sum_weighted(gaps: Any, count: int) -> Any:
     return total, weighted
 
 
-@njit(nogil=True, cache=True)
-def _reduce_rows(
-    z_RW: Any, minus_inf: Any, actual_R: Any, scales: Any, begin: int, end: int,
-    values_RK: Any, ids_RK: Any, greater_R: Any, rest_max_R: Any, rest_sum_RS: Any, rest_entropy_R: Any,
-) -> None:  # fmt: skip
-    width, top_k, n_sums = z_RW.shape[1], values_RK.shape[1], len(scales)
+@njit(forceinline=True, nogil=True)
+def _reduce_rows(tile: Any, actual_R: Any, scales: Any, begin: int, end: int, out: Any) -> None:
+    z, stride, width, minus_inf = tile
+    values_RK, ids_RK, greater_R, rest_max_R, rest_sum_RS, rest_entropy_R = out
+    top_k, n_sums = values_RK.shape[1], len(scales)
     room = min(top_k + 1, width)
     values, ids = np.empty(room, np.float32), np.empty(room, np.int32)
     maxima = np.empty((width + _CHUNK - 1) // _CHUNK * _STRIDE, np.float32)
     gaps = np.empty(_BLOCK, np.float32)
     sums = np.empty(n_sums, np.float64)
     for r in range(begin, end):
-        z_W = z_RW[r]
+        z_W = z[r * stride : r * stride + width]
         _select(z_W, values, ids, maxima)
         greatest = values[top_k] if room > top_k else -_INF
         greater = 0.0
@@ -243,6 +241,28 @@ def _reduce_rows(
             rest_max_R[r] = np.nan
 
 
+def _signature(kind: types.Type) -> tuple[types.Type, ...]:
+    def array(of: types.Type, dimensions: int = 1) -> types.Type:
+        return types.Array(of, dimensions, "C")
+
+    real = array(types.float32)
+    tile = types.Tuple((array(kind), types.intp, types.intp, kind))
+    kept = (array(types.float32, 2), array(types.int32, 2), array(types.int32))
+    return tile, real, real, types.intp, types.intp, types.Tuple((*kept, real, array(types.float32, 2), real))
+
+
+# Only these two are kept on disk: with their parts cached too, the last bit of a sum would depend on which parts this
+# process compiled, and so could inline, and which it loaded.
+@compiled(_signature(types.float32))
+def _reduce_float32(tile, actual_R, scales, begin, end, out):
+    _reduce_rows(tile, actual_R, scales, begin, end, out)
+
+
+@compiled(_signature(types.int16))
+def _reduce_bfloat16(tile, actual_R, scales, begin, end, out):
+    _reduce_rows(tile, actual_R, scales, begin, end, out)
+
+
 def reduce_rows(
     logits_RW: torch.Tensor, actual_R: torch.Tensor, top_k: int, temperatures: tuple[float, ...]
 ) -> tuple[torch.Tensor, ...]:
@@ -256,14 +276,16 @@ def reduce_rows(
         top_k: K.
         temperatures: the T ≠ 1.
     """
-    n_rows = len(logits_RW)
+    n_rows, width = logits_RW.shape
+    stride = logits_RW.stride(0) if n_rows > 1 else width
+    z = logits_RW.as_strided(((n_rows - 1) * stride + width,), (1,))
     if logits_RW.dtype is torch.bfloat16:
-        z_RW, minus_inf = logits_RW.view(torch.int16).numpy(), _BF16_MINUS_INF
+        kernel, tile = _reduce_bfloat16, (z.view(torch.int16).numpy(), stride, width, _BF16_MINUS_INF)
     else:
-        z_RW, minus_inf = logits_RW.numpy(), -_INF
+        kernel, tile = _reduce_float32, (z.numpy(), stride, width, -_INF)
     scales = np.array([_LOG2_E / t for t in (1.0, *temperatures)], np.float32)
     out = (
-        np.full((n_rows, top_k), -_INF),
+        np.full((n_rows, top_k), -_INF, np.float32),
         np.zeros((n_rows, top_k), np.int32),
         np.empty(n_rows, np.int32),
         np.empty(n_rows, np.float32),
@@ -272,26 +294,7 @@ def reduce_rows(
     )
 
     def rows(begin: int, end: int) -> None:
-        _reduce_rows(z_RW, minus_inf, actual_R.numpy(), scales, begin, end, *out)
+        kernel(tile, actual_R.numpy(), scales, begin, end, out)
 
     by_rows(n_rows, rows)
     return tuple(torch.from_numpy(column) for column in out)
-
-
-def by_rows(n_rows: int, work: Callable[[int, int], None]) -> None:
-    """Do `work(begin, end)` for parts of the rows, on as many threads as torch takes."""
-    threads = torch.get_num_threads()
-    if threads == 1 or n_rows < 2 * threads:
-        work(0, n_rows)
-    else:
-        bounds = np.linspace(0, n_rows, 4 * threads + 1).astype(int).tolist()
-        list(_pool(threads).map(work, bounds[:-1], bounds[1:]))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads on the cores of torch's own: a thread of Python would inherit the main thread's, which vLLM binds."""
-    allowed = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
-    bound = set().union(*(cores for cores in allowed if len(cores) == 1))
-    own = bound if len(bound) == threads else set().union(*allowed)
-    return ThreadPoolExecutor(threads, "reduce", lambda: os.sched_setaffinity(0, own))

@@ -14,7 +14,7 @@ from numba import njit, types
 
 from distill_ray.codec.format import flat_rows
 from distill_ray.jit import compiled
-from distill_ray.teacher.kernel_cpu import by_rows
+from distill_ray.teacher.threads import by_rows
 
 _BLOCK = 256
 _LN_2 = math.log(2)
@@ -24,7 +24,7 @@ _LEAST = np.float32(-126)
 """Least exponent of a normal float32; what lies below has no mass at all, so that −inf is never drawn."""
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _exp2(y):
     """2^y for y in [−126, 0]."""
     n = np.rint(y)
@@ -35,7 +35,7 @@ def _exp2(y):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+@njit(forceinline=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 def _masses(bits, shift, greatest, scale, out):
     """Fill `out` with the masses of a block of logits; their sum."""
     total = np.float32(0)
@@ -47,7 +47,7 @@ def _masses(bits, shift, greatest, scale, out):
     return total
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _search_row(bits_W, shift, greatest, scale, wanted_N, order_N, masses, columns_N):
     """Fill `columns_N` of the draws `order_N`, which are in ascending order of what is wanted."""
     at, n, running, last = 0, len(order_N), 0.0, -1
@@ -78,7 +78,7 @@ def _search_row(bits_W, shift, greatest, scale, wanted_N, order_N, masses, colum
             return
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(forceinline=True, nogil=True, error_model="numpy")
 def _search(bits, shift, stride, width, greatest_R, scale, wanted, n_draws, begin, end, columns):
     masses = np.empty(_BLOCK, np.float32)
     for r in range(begin, end):

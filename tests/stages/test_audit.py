@@ -80,7 +80,8 @@ def plant(job: Job, change: Plant, version: str = "v1") -> Planted:
     packed[t] = encode(rows.ids_NK[t : t + 1], rows.logprobs_NK[t : t + 1], rows.log_tail_N[t : t + 1], TINY_VOCAB)
     sequences[i] = replace(sequences[i], packed_NB=packed)
     info = stored.info
-    data = sealed(info.identity, info.unit, sequences, list(info.dead), info.kept_mass_sum)
+    entropy = sequences[0].entropy_N is not None
+    data = sealed(info.identity, info.unit, sequences, list(info.dead), info.kept_mass_sum, entropy)
     key = targets.unit_key(manifest.identity, victim.unit)
     storage.put(key, data)
     summaries = {u.unit: u.summary for u in manifest.units}
