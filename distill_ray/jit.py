@@ -25,7 +25,7 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     One signature a function, and every constant from its own file or passed in: numba numbers a function's overloads in
     one index, which processes may overwrite for each other, and it recompiles only when that one file has changed.
-    What it calls must be `njit(forceinline=True)`: a call that stays a call reaches the callee's own code where they are
+    What it calls must be `njit(forceinline=True)`: a call left as one reaches the callee's own code where they are
     compiled, and the copy linked to the caller where they are loaded; their sums may differ in the last bit.
     Where the cache can be neither read nor written (read-only package and home, full disk, damaged file), the function
     is compiled in memory, some seconds a process. NUMBA_CACHE_DIR names another folder.

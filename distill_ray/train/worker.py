@@ -145,6 +145,8 @@ class _Run:
                     self._save(saver, engine, step + 1)
                 if result.flags and not done:
                     saver.drain()
+                    if self.rank == 0:
+                        self._store_history()
                     return
         saver.drain()
         self._finish(engine, model, teacher_folder)
