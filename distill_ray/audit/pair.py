@@ -38,6 +38,7 @@ class Pair:
     bounds: Unrounded
     again: TargetRows
     """R ids a row."""
+    vocab_size: int
     slack: float
     """Nats on each log-probability."""
     value_NK: np.ndarray

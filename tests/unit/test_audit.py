@@ -25,6 +25,7 @@ from distill_ray.errors import UserError
 from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, UnitSummary
 from distill_ray.storage import open_storage
 from distill_ray.targets import ManifestUnit, RunManifest, StoredSequence
+from distill_ray.teacher.flat import log_tail
 from tests.unit.targets_fakes import exact_rows, identity, log_softmax, unit
 
 V, K, R, N = 997, 16, 80, 40
@@ -213,6 +214,27 @@ def test_an_error_of_a_third_of_a_nat_is_found_at_every_rank(rank: int, nats: fl
         figures = audited(off_by(nats, rank, row)(captured_rows()))
         assert figures.difference is not None
         assert figures.difference.position == row
+
+
+@pytest.mark.parametrize(("mass", "passes"), [(0.0, True), (3e-5, True), (-3e-5, True), (3e-4, False), (-3e-4, False)])
+def test_a_tail_by_subtraction_is_allowed_the_noise_of_its_normaliser_and_no_more(mass: float, passes: bool) -> None:
+    """vLLM's public path: one float32 sum over all V shifts a whole row's log-probabilities, and so 1 − Σp."""
+    vocab = 49_152
+    of = identity(vocab, K, (1.0,))
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 1, (8, vocab))
+    logits[:, :40] += 6
+    logits[:, 0] = 17  # a tail of half a hundredth
+    tokens = np.zeros(9, np.int32)
+    rows = exact_rows(logits, tokens[1:], K, ())
+    exact = rows_from_dense(log_softmax(logits), tokens, R, ())
+    shifted = exact.logprobs_NK.astype(np.float64) + mass
+    again = replace(exact, entropy_N=None, logprobs_NK=shifted.astype(np.float32), log_tail_N=log_tail(shifted, vocab))
+    stored = stored_from(Sequence(tokens, np.arange(9) > 0, 1), replace(rows, log_tail_at={}), of)
+    found = compare_rows(of, stored, targets.decode_rows(of, stored), again, FLOAT32).difference
+    assert (found is None) == passes
+    if found is not None:
+        assert "tail mass at T = 1" in found.what
 
 
 def test_the_first_of_several_differences_is_named_with_its_numbers() -> None:
