@@ -166,8 +166,8 @@ def _student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
         # Rows beyond the tokenizer are of small probability each, and over a corpus one of them is drawn.
         raise UserError(
             f'loss.objective = "{recipe.loss.objective}" trains on tokens drawn from all {teacher.vocab_size:,} rows '
-            f"of the teacher, and the student {origin} has {shape.vocab_size:,}: the first draw beyond them would end the "
-            'training; choose a student with as many rows, or objective = "bucket"'
+            f"of the teacher, and the student {origin} has {shape.vocab_size:,}: the first draw beyond them would end "
+            'the training; choose a student with as many rows, or objective = "bucket"'
         )
     if student.model is not None:
         corpus.same_tokenizer(tokenizer, corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code))
