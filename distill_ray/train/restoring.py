@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -15,6 +14,7 @@ from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, IntegrityError, UserError
 from distill_ray.storage import Storage
 from distill_ray.train.result import HISTORY_FILE
+from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
     from distill_ray.student.engine import StudentEngine
@@ -64,7 +64,7 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
             manifest = _converted(job, engine, manifest, broken)
             if manifest is None:
                 continue
-        with tempfile.TemporaryDirectory(prefix="distill-ray-restore-") as own:
+        with Scratch("restore") as own:
             # Of a conversion every rank reads every file: one copy a node, or eight of them fill its disk.
             folder = _of_this_node(own) if resized else Path(own)
             names = [f.name for f in manifest.files]
