@@ -91,6 +91,19 @@ def model_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
     )
 
 
+def stated_quantization(folder: Path) -> str | None:
+    """How a folder's `config.json` says that its weights are quantised (`fp8`, `awq`); None where it says nothing.
+
+    Raises:
+        UserError: no usable `config.json`.
+    """
+    config = read_config(folder)
+    for part in (config, config.get("text_config") or {}):
+        if found := part.get("quantization_config") or part.get("compression_config"):
+            return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else str(found)
+    return None
+
+
 def stated_dtype(folder: Path) -> str | None:
     """The type of the weights that a folder's `config.json` states (`bfloat16`), in the order that loaders ask.
 

@@ -17,8 +17,9 @@ from distill_ray.audit.unit import Found
 from distill_ray.config import Recipe
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import LeaseToken, document_entry, publish, put_owned, read_published
+from distill_ray.model_config import stated_quantization
 from distill_ray.schema import Unit
-from distill_ray.storage import Storage
+from distill_ray.storage import Storage, stage_folder
 from distill_ray.targets import RunManifest, unit_key
 from distill_ray.telemetry import Progress
 from distill_ray.units import HASH, places_in
@@ -81,8 +82,7 @@ def run(
     else:
         samples = choose(manifest, entry["sha256"], recipe.audit.sequences)
     engine = recipe.teacher.engine if recipe.audit.engine == "auto" else recipe.audit.engine
-    arithmetic = manifest.identity.teacher
-    tolerance = tolerance_of(arithmetic["dtype"], arithmetic["quantization"])
+    tolerance = _tolerance(recipe, manifest)
     with progress("audit", sum(len(s.sequences) for s in samples), "sequences") as bar:
         bar.note(f"{len(samples)} of {len(manifest.units)} units, scored again by {PATHS[engine]}")
         for text in limits(manifest, engine, tolerance):
@@ -94,6 +94,13 @@ def run(
     if outcome.failure is not None:
         raise IntegrityError(outcome.failure)
     return document
+
+
+def _tolerance(recipe: Recipe, manifest: RunManifest) -> Tolerance:
+    """That of the teacher's arithmetic; recipes state a quantisation only where the checkpoint does not."""
+    arithmetic = manifest.identity.teacher
+    folder = stage_folder(recipe.teacher.model, weights=False)
+    return tolerance_of(arithmetic["dtype"], arithmetic["quantization"] or stated_quantization(folder))
 
 
 def _compare(

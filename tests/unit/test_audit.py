@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +22,10 @@ from distill_ray.audit.rows import RowFigures, compare_rows
 from distill_ray.audit.sample import UnitSample, choose, whole
 from distill_ray.audit.source import check_alignment, compare_source
 from distill_ray.audit.tolerance import tolerance_of
-from distill_ray.audit.verb import _sources
+from distill_ray.audit.verb import _sources, _tolerance
 from distill_ray.codec import encode, unrounded, unrounded_half, unrounded_log
 from distill_ray.config import parse_recipe
+from distill_ray.config.sections import TeacherSection
 from distill_ray.errors import UserError
 from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, UnitSummary
 from distill_ray.storage import open_storage
@@ -389,6 +393,23 @@ def test_a_row_that_stands_at_another_tokens_place_shows_without_the_teacher() -
     assert found is not None
     assert found.position == ROW
     assert "shifted against each other" in found.what
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({}, "float16"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "bfloat16"),
+        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, "bfloat16"),
+    ],
+)
+def test_a_checkpoint_that_states_its_quantisation_is_judged_as_quantised(
+    stated: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float16", **stated}))
+    of = replace(OF, teacher={"dtype": "float16", "quantization": None})
+    recipe: Any = SimpleNamespace(teacher=TeacherSection(model=str(tmp_path)))
+    assert _tolerance(recipe, RunManifest(of, ())) == tolerance_of(expected, None)
 
 
 def _manifest(counts: list[int]) -> RunManifest:
