@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill_ray import corpus, targets, teacher
+from distill_ray.capture.spent import TeacherTime
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config import Recipe, identity_of
@@ -96,11 +97,12 @@ def run(
         pending = pending_units(storage, identity, units, bar.note)
         counts = {"captured": len(pending), "reused": len(units) - len(pending), "captured_tokens": 0}
         bar.advance(counts["reused"], reused=counts["reused"])
+        spent = TeacherTime()
         if pending:
             from distill_ray.capture import pool
 
             work = pool.Work(recipe, storage, identity, tokenizer, pending, factory)
-            stream = pool.summaries(work, stop, bar.note)
+            stream = pool.summaries(work, stop, bar.note, spent.add)
             with closing(stream), closing(_indexed(storage, identity, stream)) as finished:
                 for summary in finished:
                     counts["captured_tokens"] += int(summary.lengths.sum())
@@ -110,7 +112,7 @@ def run(
     _require_sequences(recipe, units, summaries)
     _write_dead_letters(storage, token, identity, units, summaries)
     entry = targets.write_run_manifest(storage, token, identity, units, summaries)
-    publish(storage, token, "targets", entry | counts)
+    publish(storage, token, "targets", entry | counts | {"teacher_of_command": spent.to_json()})
     return targets.read_run_manifest(storage, entry)
 
 
