@@ -1,9 +1,9 @@
 """How much of its time a fast teacher waits, in a real capture: through Ray Data, onto a real S3 server 50 ms away.
 
-The teacher is simulated: its rows are as vLLM's workers give them (k = 64, V = 151,936, real-looking distributions,
-every check and the codec run on them), and `score()` sleeps so that it makes `--rate` rows/s, as three H100s do of a 70B
-teacher. All else is the product: `capture.run`, its tokenizer, its pool, its codec, its storage; a proxy delays each
-direction of every request by 25 ms.
+The teacher is simulated: its rows are as vLLM's workers give them (k = 64, V = 151,936, real-looking distributions;
+every check and the codec run on them), and `score()` sleeps so that it makes `--rate` rows/s, as three H100s do of a
+70B teacher. All else is the product: `capture.run`, its tokenizer, its pool, its codec, its storage. A proxy delays
+each direction of every request by 25 ms.
 
 `teacher_idle_share` is idle / (idle + busy) from the moment the engine is open, the wait for the first unit included;
 `_with_start` counts the start, too. Busy is the engine's own time: no pickling, no waiting. The last wait, for the
@@ -38,7 +38,7 @@ from distill_ray.targets import read_run_manifest
 from distill_ray.teacher.engine import finite_or_reason
 from distill_ray.teacher.wire import rows_from_words
 from tests.assets import prose_topics, tiny_llama_folder
-from tests.bench.capture import K, VOCAB, finished
+from tests.bench.capture import VOCAB, K, finished
 from tests.delayed import DelayedProxy
 from tests.s3server import S3Server
 
