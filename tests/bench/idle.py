@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from distill_ray.storage.s3 import S3Storage
 from distill_ray.targets import read_run_manifest
 from distill_ray.teacher.engine import finite_or_reason
 from distill_ray.teacher.wire import rows_from_words
-from tests.assets import prose_topics, tiny_llama_folder
+from tests.assets import prose_topics, tiny_llama_folder  # pyright: ignore[reportAttributeAccessIssue]
 from tests.bench.capture import VOCAB, K, finished
 from tests.delayed import DelayedProxy
 from tests.s3server import S3Server
@@ -65,11 +66,13 @@ def run(arguments: argparse.Namespace) -> dict[str, float]:
             storage = TimedStorage(f"{server.root}/run", folder / "uploads.jsonl")
             recipe = make_recipe(storage.uri, folder / "corpus.jsonl", arguments.unit_kib << 10)
             with ray_session("local", num_cpus=4), peak_memory(server) as peak:
-                captured(recipe, storage, partial(SimulatedTeacher, arguments.rate))
+                captured(recipe, storage, partial(SimulatedTeacher, arguments.rate, folder / "units.jsonl"))
             entry = read_published(storage, recipe.run_prefix)["targets"]
             rows = read_run_manifest(storage, entry).rows
         uploads = [json.loads(line) for line in (folder / "uploads.jsonl").read_text().splitlines()]
-    return figures(entry["teacher_of_command"], rows, uploads) | {"capture.idle_peak_gib": peak[0] / 2**30}
+        units = [json.loads(line) for line in (folder / "units.jsonl").read_text().splitlines()]
+    waits = waited(units)
+    return figures(entry["teacher_of_command"], rows, uploads) | waits | {"capture.idle_peak_gib": peak[0] / 2**30}
 
 
 def figures(spent: dict[str, Any], rows: int, uploads: list[dict[str, float]]) -> dict[str, float]:
@@ -89,24 +92,40 @@ def figures(spent: dict[str, Any], rows: int, uploads: list[dict[str, float]]) -
     }
 
 
+def waited(units: list[tuple[float, float]]) -> dict[str, float]:
+    """From when the engine was open, twice, and then when it had each unit: the wait for the first, and the others."""
+    gaps = [start - end for (_, end), (start, _) in pairwise(units)]
+    return {
+        "capture.idle_first_wait_s": gaps[0],
+        "capture.idle_wait_s": statistics.median(gaps[1:]),
+        "capture.idle_longest_wait_s": max(gaps[1:]),
+    }
+
+
 class SimulatedTeacher:
     """An engine of a given speed: rows of a pool, made to speak of each sequence's own tokens."""
 
     vocab_size = VOCAB
     notes = ()
 
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
+    def __init__(self, rate: float, log: Path) -> None:
+        self._rate, self._log = rate, log
         self._pool_PW = finished(1, POOL_ROWS)[0].numpy()
+        self._note(time.monotonic())
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
         started = time.monotonic()
         found = [finite_or_reason(rows_from_words(self._words(s), K, ())) for s in sequences]
         rows = sum(len(s) - 1 for s in sequences)
         time.sleep(max(0.0, started + rows / self._rate - time.monotonic()))
+        self._note(started)
         return found
 
     def close(self) -> None: ...
+
+    def _note(self, since: float) -> None:
+        with self._log.open("a") as log:
+            log.write(json.dumps([since, time.monotonic()]) + "\n")
 
     def _words(self, tokens: np.ndarray) -> np.ndarray:
         """[N, W]: the pool's rows, with each actual token at the pool's rank, or where the row has it anyway."""

@@ -197,6 +197,7 @@ def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
         {"capture": {"top_k": 64}},
         {"corpus": {"sources": ["other.jsonl"]}},
         {"audit": {"sequences": 0, "units": ["a"], "engine": "transformers"}},
+        {"cost": {"teacher_gpu_hour": 2.5, "student_gpu_hour": 2.0}},
     ]
     for change in same:
         assert fingerprint(identity_of(parse_recipe(minimal(**change)))) == plain, change
