@@ -127,8 +127,11 @@ def _unit_sized_blocks() -> Iterator[None]:
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1
     context.raise_original_map_exception = True
-    # A pool grows when its actors have this share of the units they can take: here all, where Ray Data wants 1.75.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    # The pool grows and shrinks by units given to an actor over its calls; Ray Data's thresholds are for one call. At
+    # its own 1.75 this pool would never grow, and at its 0.5 an engine just loaded would be given back.
+    scaling = context.autoscaling_config
+    scaling.actor_pool_util_upscaling_threshold /= _CALLS_PER_TEACHER
+    scaling.actor_pool_util_downscaling_threshold /= _CALLS_PER_TEACHER
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

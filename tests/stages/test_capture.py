@@ -240,6 +240,16 @@ def test_what_a_teacher_has_to_say_is_said_once(tmp_path: Path) -> None:
     assert notes == ["teacher: it makes its rows up"]
 
 
+def test_a_pool_with_work_for_more_teachers_grows(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS * 400)
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", teacher={"replicas": {"min": 1, "max": 2}})
+    manifest = _run(recipe, partial(ShortTeacher, seconds=1.5))
+    assert len(manifest.units) >= 12
+    spent = _entry(recipe)["teacher_of_command"]
+    assert spent["actors"] == 2
+    assert spent["busy_s"] >= 1.5 * len(manifest.units) - 1e-3
+
+
 def test_progress_tells_the_time_left_by_bytes_and_the_teachers_hours(tmp_path: Path) -> None:
     _write(tmp_path / "corpus", "a.jsonl", TEXTS * 200)
     lines: list[dict[str, Any]] = []
