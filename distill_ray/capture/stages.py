@@ -9,16 +9,18 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from distill_ray import corpus, targets
+from distill_ray.capture.spent import ActorTime, Stopwatch
 from distill_ray.config.sections import CorpusSection
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, Unit, UnitSummary
-from distill_ray.storage import ConflictError, NotFoundError, Storage, StorageError
+from distill_ray.storage import ConflictError, NotFoundError, Storage, StorageError, stage_folder
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import Engine
 
@@ -52,6 +54,8 @@ class TaughtUnit:
     seconds: float
     notes: tuple[str, ...] = ()
     """What the user should know of the engine."""
+    spent: ActorTime | None = None
+    """All that its teacher's actor has spent by now."""
 
 
 def to_row(value: Any) -> pa.Table:
@@ -116,17 +120,37 @@ def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> Un
 
 
 class Teacher:
-    """The actor of the pool: one engine for its lifetime, one unit a call."""
+    """The actor of the pool: one engine for its lifetime, one unit a call, and two calls at a time.
 
-    def __init__(self, engine_factory: EngineFactory) -> None:
+    While one call has the engine, the other unpickles its unit or pickles what came out of the one before: the engine
+    goes on with the next unit the moment it is done with one.
+
+    Args:
+        engine_factory: opens the engine.
+        model: folder of the weights, staged to this machine beforehand so that loading is timed apart from it.
+    """
+
+    def __init__(self, engine_factory: EngineFactory, model: str) -> None:
         # Ray passes on an error of a constructor as text only. Raised by the first call, it arrives as what it is.
         self._refused: DistillError | None = None
+        self._watch = Stopwatch()
+        # Calls come from several threads; an engine may keep state of the thread that uses it, as CUDA does.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         try:
+            stage_folder(model)
+            self._watch.lap("staging")
             self._engine = engine_factory()
+            self._watch.lap("loading")
         except DistillError as error:
             self._refused = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self._refused is not None:
             raise self._refused
-        return to_row(teach(self._engine, from_row(table)))
+        return to_row(self._thread.submit(self._teach, from_row(table)).result())
+
+    def _teach(self, work: ReadUnit) -> TaughtUnit:
+        self._watch.lap("idle")
+        taught = teach(self._engine, work)
+        self._watch.lap("busy")
+        return replace(taught, spent=self._watch.read())

@@ -16,6 +16,7 @@ from distill_ray.config.sections import (
     AuditSection,
     CaptureSection,
     CorpusSection,
+    CostSection,
     EvaluateSection,
     ExportSection,
     StorageSection,
@@ -51,6 +52,9 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
+    # Stated to be placement as a whole, so that no identity holds even its name.
+    cost: Placement[CostSection] = CostSection()
+    """Prices, for figures alone."""
 
     @field_validator("name", "version")
     @classmethod

@@ -95,6 +95,11 @@ class TeacherSection(Section):
     use_gpu: Placement[bool] = True
     """False: the CPU build of vLLM, or transformers on the CPU."""
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor_parallel * self.pipeline_parallel if self.use_gpu else 0
+
 
 class CaptureSection(Section):
     top_k: Identity[int] = Field(default=64, ge=1, le=512)
@@ -270,3 +275,10 @@ class ExportSection(Section):
     """Type of the published weights."""
     licence: Placement[str] = "unknown"
     """Licence stated on the model card; the teacher's licence usually binds the student."""
+
+
+class CostSection(Section):
+    teacher_gpu_hour: Placement[float | None] = Field(default=None, ge=0)
+    """Dollars of one GPU of a teacher for an hour; with it, progress and report show what teachers cost."""
+    student_gpu_hour: Placement[float | None] = Field(default=None, ge=0)
+    """Dollars of one GPU of a training worker for an hour; with it, the report shows what training cost."""

@@ -206,7 +206,7 @@ def _relay(news: News, shown: Progress, position: int) -> int:
     for line in news.steps:
         if "start" in line:
             # A restarted group goes back to its checkpoint; so does the bar.
-            shown.advance(int(line["start"]) - position)
+            shown.skip(int(line["start"]) - position)
             position = int(line["start"])
         else:
             shown.advance(1, **{name: line[name] for name in _SHOWN})

@@ -188,6 +188,11 @@ def test_fingerprint_ignores_key_order(random: Any):
     assert fingerprint(dict(items)) == fingerprint(identity)
 
 
+def test_prices_leave_no_trace_in_an_identity():
+    # Recipes' fingerprints from before there were prices still stand.
+    assert "cost" not in identity_of(parse_recipe(minimal(cost={"teacher_gpu_hour": 2.5})))
+
+
 def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
     plain = fingerprint(identity_of(parse_recipe(minimal())))
     same = [
@@ -197,6 +202,7 @@ def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
         {"capture": {"top_k": 64}},
         {"corpus": {"sources": ["other.jsonl"]}},
         {"audit": {"sequences": 0, "units": ["a"], "engine": "transformers"}},
+        {"cost": {"teacher_gpu_hour": 2.5, "student_gpu_hour": 2.0}},
     ]
     for change in same:
         assert fingerprint(identity_of(parse_recipe(minimal(**change)))) == plain, change
