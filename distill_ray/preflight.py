@@ -14,7 +14,7 @@ from distill_ray.model_config import ModelShape, model_shape
 from distill_ray.report import check_require
 from distill_ray.session import cluster_address, private_cpus, ray_session
 from distill_ray.storage import WEIGHT_FILES, check_access, glob_sources, is_weights, open_storage, stage_folder
-from distill_ray.teacher import resolve_dtype
+from distill_ray.teacher import resolve_dtype, writing_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
     if not total:
         raise UserError(f"the corpus is empty: {len(sources)} source(s), 0 bytes; add text to corpus.sources")
     corpus.check_unit_bytes(recipe.corpus, recipe.capture.top_k, recipe.capture.draws)
-    opened = corpus.probe_sources(recipe.corpus, sources)
+    opened = corpus.probe_sources(recipe.corpus, sources, recipe.capture.generate is not None)
     findings.append(Finding("corpus", f"{len(sources)} source(s), {total:,} bytes; {len(opened)} looked into"))
     findings += _models(recipe)
     findings.append(_hardware(recipe, address))
@@ -89,6 +89,7 @@ def _models(recipe: Recipe) -> list[Finding]:
     shape = model_shape(teacher_folder, recipe.teacher.trust_remote_code)
     _teacher_shape(recipe, shape)
     dtype = resolve_dtype(recipe.teacher, teacher_folder).dtype
+    writing_of(recipe.capture, teacher_folder, recipe.teacher.trust_remote_code)
     tokenizer = corpus.load_tokenizer(teacher_folder, recipe.teacher.trust_remote_code)
     if recipe.corpus.format == "messages" and not tokenizer.chat_template:
         raise UserError(

@@ -81,6 +81,7 @@ def _pipeline(work: Work) -> ray.data.Dataset:
                 partial(
                     _read_row,
                     section=recipe.corpus,
+                    generate=recipe.capture.generate,
                     most_tokens=corpus.most_unit_tokens(work.identity.top_k, work.identity.draws),
                     tokenizer_ref=[tokenizer_ref],
                 ),
@@ -146,8 +147,10 @@ def _tokenizer(ref: ray.ObjectRef) -> Any:
     return ray.get(ref)
 
 
-def _read_row(table: pa.Table, section: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]) -> pa.Table:
-    return to_row(read(unit_of(table), section, _tokenizer(tokenizer_ref[0]), most_tokens))
+def _read_row(
+    table: pa.Table, section: Any, generate: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]
+) -> pa.Table:
+    return to_row(read(unit_of(table), section, _tokenizer(tokenizer_ref[0]), most_tokens, generate))
 
 
 def _write_row(table: pa.Table, storage: Storage, identity: CaptureIdentity) -> pa.Table:

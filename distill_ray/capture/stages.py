@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from distill_ray import corpus, targets
 from distill_ray.capture.spent import ActorTime, Stopwatch
+from distill_ray.config.generate import GenerateSection
 from distill_ray.config.sections import CorpusSection
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, Unit, UnitSummary
@@ -41,6 +43,8 @@ class ReadUnit:
     unit: Unit
     sequences: list[Sequence]
     dead: list[DeadLetter]
+    prompts: bool = False
+    """The sequences are to be answered."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +73,54 @@ def from_row(table: pa.Table) -> Any:
 
 
 def read(
-    unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
+    unit: Unit,
+    section: CorpusSection,
+    tokenizer: PreTrainedTokenizerBase,
+    most_tokens: int | None = None,
+    generate: GenerateSection | None = None,
 ) -> ReadUnit:
-    """Read one source slice and turn it into sequences."""
+    """Read one source slice and turn it into sequences, or with `generate` into prompts."""
+    if generate is not None:
+        prompts, dead = corpus.read_unit_prompts(unit, section, generate, tokenizer, most_tokens=most_tokens)
+        return ReadUnit(unit, prompts, dead, prompts=True)
     sequences, dead = corpus.read_unit_sequences(unit, section, tokenizer, most_tokens=most_tokens)
     return ReadUnit(unit, sequences, dead)
 
 
 def teach(engine: Engine, work: ReadUnit) -> TaughtUnit:
-    """Score one unit; a sequence that the teacher refuses becomes a dead letter and the others go on."""
+    """Score one unit, or answer and score its prompts.
+
+    A sequence that the teacher refuses becomes a dead letter and the others go on.
+    """
     started = time.monotonic()
-    results = engine.score([s.tokens for s in work.sequences]) if work.sequences else []
+    results = list(_answered(engine, work.sequences) if work.prompts else _scored(engine, work.sequences))
     seconds = time.monotonic() - started
     kept, rows, dead = list[Sequence](), list[TargetRows](), list(work.dead)
-    for i, (sequence, result) in enumerate(zip(work.sequences, results, strict=True)):
+    for result in results:
         if isinstance(result, str):
-            reason = f"sequence {i} ({len(sequence.tokens)} tokens): {result}"
-            dead.append(DeadLetter(work.unit.hash, work.unit.source.uri, UNKNOWN_RECORD, reason))
+            dead.append(DeadLetter(work.unit.hash, work.unit.source.uri, UNKNOWN_RECORD, result))
         else:
-            kept.append(sequence)
-            rows.append(result)
+            kept.append(result[0])
+            rows.append(result[1])
     return TaughtUnit(work.unit, kept, rows, dead, seconds, engine.notes)
+
+
+def _scored(engine: Engine, sequences: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:
+    results = engine.score([s.tokens for s in sequences]) if sequences else []
+    for i, (sequence, rows) in enumerate(zip(sequences, results, strict=True)):
+        yield f"sequence {i} ({len(sequence.tokens)} tokens): {rows}" if isinstance(rows, str) else (sequence, rows)
+
+
+def _answered(engine: Engine, prompts: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:
+    """Prompt and completion as one sequence, of which the completion is supervised."""
+    found = engine.answer([p.tokens for p in prompts]) if prompts else []
+    for prompt, answers in zip(prompts, found, strict=True):
+        for answer in answers:
+            if isinstance(answer, str):
+                yield answer
+                continue
+            written = np.arange(len(answer.tokens)) >= len(prompt.tokens)
+            yield Sequence(answer.tokens, written, prompt.doc_key, answer.finish), answer.rows
 
 
 def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> UnitSummary:

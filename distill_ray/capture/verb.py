@@ -36,11 +36,13 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
     """What the recipe's targets are, from the teacher's folder alone; no model is loaded.
 
     Raises:
-        UserError: the folder is missing, or lacks config, weights, tokenizer or (for `auto`) a stated dtype.
+        UserError: the folder is missing, or lacks config, weights, tokenizer or (for `auto`) a stated dtype; or an end
+            token where prompts are to be answered.
     """
     folder = stage_folder(recipe.teacher.model, weights=False)
     tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
     section = teacher.resolve_dtype(recipe.teacher, folder)
+    writing = teacher.writing_of(recipe.capture, folder, recipe.teacher.trust_remote_code)
     return CaptureIdentity(
         teacher=identity_of(section) | {"weights": teacher.weights_identity(section.model, section.revision)},
         tokenizer=corpus.tokenizer_identity(tokenizer),
@@ -51,6 +53,7 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
         draws=recipe.capture.draws,
         draws_from=recipe.capture.draws_from,
         draws_temperature=recipe.capture.draws_temperature,
+        generate=None if writing is None else writing.to_json(),
     )
 
 
@@ -88,7 +91,14 @@ def run(
     tokenizer = corpus.load_tokenizer(
         stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
     )
-    planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k, draws=identity.draws)
+    planned = corpus.plan_units(
+        recipe.corpus,
+        identity.tokenizer,
+        storage,
+        top_k=identity.top_k,
+        draws=identity.draws,
+        prompts=identity.generate is not None,
+    )
     units = _of_this_version(recipe, storage, identity, planned)
     factory = engine_factory or partial(
         teacher.open_engine, recipe.teacher, recipe.capture, recipe.corpus.window_tokens

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os.path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from distill_ray.config.generate import GenerateSection
 from distill_ray.config.kinds import AddedIdentity, Identity, Listed, Placement, Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -113,6 +114,24 @@ class CaptureSection(Section):
     """`all`: the whole distribution (objective `sampled`); `tail`: everything outside the kept tokens (`head_tail`)."""
     draws_temperature: AddedIdentity[float] = 1.0
     """Temperature that is drawn at; one of `temperatures`, and that of the loss."""
+    mode: AddedIdentity[Literal["score", "generate"]] = "score"
+    """`score`: the teacher reads the corpus; `generate`: the corpus holds prompts, which the teacher answers."""
+    generate: AddedIdentity[GenerateSection | None] = None
+    """How it answers; stated or at its defaults exactly where mode = "generate"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _generates_by_default(cls, data: Any) -> Any:
+        # Left out or stated at its defaults, it must be the same capture.
+        if isinstance(data, dict) and data.get("mode") == "generate" and data.get("generate") is None:
+            return {**data, "generate": {}}
+        return data
+
+    @model_validator(mode="after")
+    def _generate_agrees(self) -> Self:
+        if self.generate is not None and self.mode != "generate":
+            raise ValueError('[capture.generate] has no effect with mode="score"; set mode = "generate" or remove it')
+        return self
 
     @field_validator("temperatures")
     @classmethod

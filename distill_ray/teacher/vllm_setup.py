@@ -35,7 +35,8 @@ def engine_arguments(
         | of_path
         | {
             "model": str(folder),
-            "skip_tokenizer_init": True,
+            # Token ids go in and come out; only a stop text has to be looked for in text.
+            "skip_tokenizer_init": capture.generate is None or not capture.generate.stop,
             "dtype": section.dtype,
             "quantization": section.quantization,
             "trust_remote_code": section.trust_remote_code,
