@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from distill_ray.config import identity_of
 from distill_ray.config.generate import GenerateSection
 from distill_ray.config.sections import CaptureSection
 from distill_ray.corpus import load_tokenizer
@@ -33,7 +32,7 @@ class Writing:
 
     def to_json(self) -> dict[str, Any]:
         """What decides which completions come out, as plain values."""
-        return identity_of(self.generate) | {"end_tokens": list(self.ends)}
+        return self.generate.model_dump(mode="json") | {"end_tokens": list(self.ends)}
 
 
 def writing_of(capture: CaptureSection, folder: Path, trust_remote_code: bool) -> Writing | None:
