@@ -11,6 +11,7 @@ import numpy as np
 
 from distill_ray import corpus, targets, teacher
 from distill_ray.audit.dense import rows_from_dense
+from distill_ray.audit.drawn import check_draws_fall
 from distill_ray.audit.pair import Difference
 from distill_ray.audit.rows import compare_rows
 from distill_ray.audit.source import check_alignment, compare_completion, compare_source
@@ -63,9 +64,10 @@ def open_scorer(recipe: Recipe, identity: CaptureIdentity, engine: str) -> Score
     """
     kept = min(identity.vocab_size, max(2 * identity.top_k, identity.top_k + _MORE_RANKS))
     section = recipe.teacher.model_copy(update={"engine": engine})
-    # model_copy validates nothing: R may exceed what a recipe may store.
-    update = {"top_k": kept, "temperatures": (1.0,), "draws": 0, "mode": "score", "generate": None}
-    capture = recipe.capture.model_copy(update=update)
+    # model_copy validates nothing: R may exceed what a recipe may store. Nothing is drawn again: the public path
+    # cannot, and a stored draw is judged by its log-probability.
+    scored = {"mode": "score", "generate": None, "draws": 0, "draws_from": "all", "draws_temperature": 1.0}
+    capture = recipe.capture.model_copy(update={"top_k": kept, "temperatures": (1.0,), **scored})
     opened = teacher.open_engine(section, capture, recipe.corpus.window_tokens, path="flat")
     if engine == "transformers":
         return partial(_score_densely, cast("DenseEngine", opened), kept, identity.extra_temperatures)
@@ -87,7 +89,7 @@ def check_unit(
     unit: Unit,
     object_sha256: str,
 ) -> Found | None:
-    """Compare all sequences of a unit with its source, tokenised again, and their rows with their own tokens.
+    """Compare all sequences of a unit with its source, tokenised again, and their rows with their own tokens and draws.
 
     Args:
         storage: where the object lies.
@@ -112,7 +114,8 @@ def check_unit(
     if found is not None:
         return found
     misaligned = ((i, check_alignment(identity, stored.sequence(i))) for i in range(len(stored)))
-    return next(((i, different) for i, different in misaligned if different is not None), None)
+    found = next(((i, different) for i, different in misaligned if different is not None), None)
+    return found or check_draws_fall(identity, stored)
 
 
 def score_again(

@@ -60,7 +60,7 @@ def store_universal(storage: Storage, token: LeaseToken, manifest: Manifest, fol
 
 
 def forget_universal(storage: Storage, token: LeaseToken, step: int) -> None:
-    """Take a dropped checkpoint's conversion out of the record; its objects lie under the checkpoint's own folder."""
+    """Take a checkpoint's conversion out of the record; its objects lie under the checkpoint's own folder."""
     name = _PREFIX + step_name(step)
     if name in read_published(storage, token.run_prefix):
         publish_entry(storage, token, name, None)

@@ -22,7 +22,7 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
     """Load the newest whole checkpoint into `engine`, the same on every rank.
 
     Rank 0 chooses. If any rank finds one of its files missing or altered, all of them go back one checkpoint, before
-    anything was unpickled.
+    anything was unpickled; a damaged conversion is first made anew.
 
     Args:
         job: the run.
@@ -40,7 +40,7 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
 
     from distill_ray.student.engine import check_resumable
 
-    broken: set[int] = set()
+    broken, made_anew = set[int](), set[int]()
     while True:
         choice: list[checkpoints.Manifest | None] = [None]
         if engine.rank == 0:
@@ -64,6 +64,13 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
                 engine.load(Path(folder), universal=resized)
                 lines = (engine.place(Path(folder)) / HISTORY_FILE).read_text().splitlines()
                 return manifest.step, [json.loads(line) for line in lines]
+        if resized and manifest.step not in made_anew:
+            # Sizes alone said that it is whole. What it was made from may be sound: no step is given up yet.
+            made_anew.add(manifest.step)
+            if engine.rank == 0:
+                checkpoints.forget_universal(job.storage, job.token, manifest.step)
+                _say(job, f"the conversion of step {manifest.step} is damaged and made anew: {problems[0]}")
+            continue
         broken.add(manifest.step)
         if engine.rank == 0:
             _say(
