@@ -110,7 +110,7 @@ def _compare(
 
     units = _sources(recipe, storage, manifest, samples)
     outcome = Outcome()
-    with remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop) as auditor:
+    with remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop, bar.note) as auditor:
         for sample in samples:
             unit, where = sample.unit.unit, f"{storage.uri}/{unit_key(manifest.identity, sample.unit.unit)}"
             different = auditor.check(units[unit], sample.unit.object_sha256)

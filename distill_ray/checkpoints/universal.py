@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _AT_ONCE = 8
 def universal_of(storage: Storage, run_prefix: str, manifest: Manifest) -> Manifest | None:
     """The whole conversion of exactly this checkpoint, or None."""
     entry = read_published(storage, run_prefix).get(_PREFIX + step_name(manifest.step))
-    if entry is None or entry["of"] != manifest.prefix:
+    if entry is None or entry["of"] != _digest(manifest):
         return None
     try:
         found = load_manifest(storage, entry)
@@ -54,9 +55,14 @@ def store_universal(storage: Storage, token: LeaseToken, manifest: Manifest, fol
     data = stored.to_json()
     key = stored.key_of("manifest.json")
     storage.put(key, data)
-    entry = {**document_entry(key, data), "of": manifest.prefix}
+    entry = {**document_entry(key, data), "of": _digest(manifest)}
     publish_entry(storage, token, _PREFIX + step_name(manifest.step), entry)
     return stored
+
+
+def _digest(manifest: Manifest) -> str:
+    """What tells a checkpoint from one of the same step that a restarted worker group wrote in its place."""
+    return hashlib.sha256(manifest.to_json()).hexdigest()
 
 
 def forget_universal(storage: Storage, token: LeaseToken, step: int) -> None:

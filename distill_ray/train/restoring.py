@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill_ray import checkpoints
 from distill_ray.config import Recipe
@@ -16,6 +18,9 @@ from distill_ray.train.result import HISTORY_FILE
 if TYPE_CHECKING:
     from distill_ray.student.engine import StudentEngine
     from distill_ray.train.worker import Job
+
+T = TypeVar("T")
+_MEET_S = 60.0
 
 
 def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, list[dict[str, float]]]:
@@ -82,23 +87,43 @@ def _converted(
     job: Job, engine: StudentEngine, manifest: checkpoints.Manifest, broken: set[int]
 ) -> checkpoints.Manifest | None:
     """The checkpoint for this number of workers; None, and its step `broken`, where a file of it is. A collective."""
-    import torch.distributed as dist
-
     from distill_ray.train.resizing import for_any_size
 
-    box: list[Any] = [None, None]
-    if engine.rank == 0:
+    def convert() -> checkpoints.Manifest | DistillError | None:
+        if engine.rank != 0:
+            return None
         try:
-            box[0] = for_any_size(job, manifest, lambda text: _say(job, text))
+            return for_any_size(job, manifest, lambda text: _say(job, text))
         except IntegrityError as error:
             broken.add(manifest.step)
             _say(job, f"checkpoint of step {manifest.step} is broken and not used: {error}; trying the one before")
+            return None
         except DistillError as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+            return error
+
+    found = _patiently(convert)[0]
+    if isinstance(found, DistillError):
+        raise found
+    return found
+
+
+def _patiently(act: Callable[[], T]) -> list[T]:
+    """Every rank acts, and gets what all of them answer. A collective.
+
+    Hundreds of gigabytes take longer to move than a process group lets a rank wait in a collective (Ray Train: half an
+    hour), so the ranks meet again and again until all are done.
+    """
+    import torch.distributed as dist
+
+    done = [False] * dist.get_world_size()
+    with ThreadPoolExecutor(1, "restore") as pool:
+        mine = pool.submit(act)
+        while not all(done):
+            wait([mine], timeout=_MEET_S)
+            dist.all_gather_object(done, mine.done())
+    answers: list[Any] = [None] * len(done)
+    dist.all_gather_object(answers, mine.result())
+    return answers
 
 
 def check_newest(recipe: Recipe, storage: Storage, plan: str) -> None:
@@ -132,19 +157,17 @@ def check_plan(manifest: checkpoints.Manifest, plan: str) -> None:
 def _everyones_problem(
     job: Job, engine: StudentEngine, manifest: checkpoints.Manifest, folder: Path
 ) -> list[str | None]:
-    import torch.distributed as dist
-
-    mine: str | None = None
-    try:
+    def restore() -> str | None:
         names = [f.name for f in manifest.files]
         if manifest.world_size == engine.world:
             names = engine.needed(names, engine.rank)
-        checkpoints.restore(job.storage, manifest, names, engine.place(folder))
-    except IntegrityError as error:
-        mine = str(error)
-    problems: list[str | None] = [None] * engine.world
-    dist.all_gather_object(problems, mine)
-    return problems
+        try:
+            checkpoints.restore(job.storage, manifest, names, engine.place(folder))
+        except IntegrityError as error:
+            return str(error)
+        return None
+
+    return _patiently(restore)
 
 
 def _say(job: Job, text: str) -> None:

@@ -157,8 +157,12 @@ def test_a_conversion_is_kept_with_its_checkpoint_reused_while_whole_and_dropped
     assert checkpoints.latest_whole(storage, RUN) == manifest, "a conversion is no checkpoint"
     assert checkpoints.prune(storage, token, keep=1) == []
     assert checkpoints.universal_of(storage, RUN, manifest) == stored
+    again = save(storage, token, tmp_path, 2, loss=0.9)
+    assert again.prefix == manifest.prefix
+    assert checkpoints.universal_of(storage, RUN, again) is None, "the same step, saved again in its place"
+    stored = checkpoints.store_universal(storage, token, again, folder)
     storage.delete(stored.key_of("model.pt"))
-    assert checkpoints.universal_of(storage, RUN, manifest) is None
+    assert checkpoints.universal_of(storage, RUN, again) is None
     save(storage, token, tmp_path, 4, loss=0.5)
     assert checkpoints.prune(storage, token, keep=1) == [2]
     assert not [key for key in read_published(storage, RUN) if key.startswith("universal/")]
