@@ -14,7 +14,7 @@ from distill_ray import checkpoints
 from distill_ray.train.result import HISTORY_FILE
 
 if TYPE_CHECKING:
-    from distill_ray.train.worker import Job
+    from distill_ray.train.job import Job
 
 
 def for_any_size(job: Job, manifest: checkpoints.Manifest, say: Callable[[str], None]) -> checkpoints.Manifest:

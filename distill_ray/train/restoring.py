@@ -15,7 +15,7 @@ from distill_ray.train.result import HISTORY_FILE
 
 if TYPE_CHECKING:
     from distill_ray.student.engine import StudentEngine
-    from distill_ray.train.worker import Job
+    from distill_ray.train.job import Job
 
 
 def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, list[dict[str, float]]]:
