@@ -138,11 +138,11 @@ def _trainer(job: Job, folder: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from distill_ray.train.elastic import Settle
+    from distill_ray.train.callbacks import Leave, Settle
 
     train = job.recipe.train
     elastic = is_elastic(train)
-    callbacks: Any = [Settle(train, job.board)] if elastic else None
+    callbacks: Any = [Leave()] + ([Settle(train, job.board)] if elastic else [])
     os.environ.setdefault(POLL_VARIABLE, str(POLL_S))  # of this actor's own process; Ray Train hands it on
     # Ray Train keeps only its own notes here; checkpoints go to storage by our manifests. A fresh name each time: the
     # notes of a killed driver must not speak to this one.
@@ -187,7 +187,7 @@ class _Wait:
         if self._over or now - self._begun < _SAY_WAITING_S:
             return
         self._over = ray.get(self._board.placed.remote())
-        if self._over or not is_waiting(self._train):
+        if self._over or not is_waiting(self._train, ray.get(self._board.sized.remote())):
             return
         if self._since is None:
             self._since = now

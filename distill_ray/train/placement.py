@@ -36,13 +36,18 @@ def room(train: TrainSection, held: Mapping[str, int] | None = None) -> dict[str
     }
 
 
-def is_waiting(train: TrainSection) -> bool:
-    """Whether a group of workers waits for room: one that has it and is only slow to start does not count."""
+def is_waiting(train: TrainSection, sized: bool) -> bool:
+    """Whether a group of workers waits for room: one that has it and is only slow to start does not count.
+
+    Args:
+        train: what one worker needs.
+        sized: whether an elastic group's number of workers has been chosen.
+    """
     from ray.util import placement_group_table
 
-    # Ray Train asks for nothing while an elastic group has not even its least number of workers.
-    if is_elastic(train) and sum(room(train).values()) < train.workers.min:
-        return True
+    if is_elastic(train) and not sized:
+        # Ray Train reserves nothing before there is room for the least number of workers.
+        return sum(room(train).values()) < train.workers.min
     return any(group["state"] in ("PENDING", "RESCHEDULING") for group in placement_group_table().values())
 
 

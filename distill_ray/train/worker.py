@@ -29,19 +29,24 @@ if TYPE_CHECKING:
     from distill_ray.student.engine import StepResult, StudentEngine
 
 T = TypeVar("T")
+STOPPED = "stopped"
 _HISTORY_EVERY_S = 30.0
 
 
-def work(config: dict[str, Job]) -> None:
-    """Ray Train's entry point on each worker. Errors that a retry cannot mend are marked final on the board."""
+def work(config: dict[str, Job]) -> str | None:
+    """Ray Train's entry point on each worker. Errors that a retry cannot mend are marked final on the board.
+
+    Returns:
+        `preemption.LEFT` where the group is to be started again.
+    """
     import ray
 
     job = config["job"]
     ray.get(job.board.enter.remote())
     if ray.get(job.board.final_error.remote()):
-        return
+        return None
     try:
-        _Run(job).run()
+        return _Run(job).run()
     except DistillError as error:
         # A store that does not answer may answer the restarted group; a wrong recipe or a lost lease stays so.
         ray.get(job.board.fail.remote(error, not isinstance(error, StorageError)))
@@ -86,8 +91,8 @@ class _Run:
         self.student_ids: int | None = None
         self._stored_at = time.monotonic()
 
-    def run(self) -> None:
-        """Restore, train to the end of the plan or to a stop, save or publish."""
+    def run(self) -> str | None:
+        """Restore, train to the end of the plan or to a stop, save or publish; says why it ended before the end."""
         import ray
 
         # Its weights are wanted only where the student is cut from them.
@@ -96,15 +101,17 @@ class _Run:
         engine, model = self._start(teacher_folder)
         # Not before the engine has given each rank its GPU: a collective would put all of them on the first one.
         if self._on_rank_0(self._nothing_to_do):
-            return
+            return None
         start, self.history = restore_newest(self.job, engine, self.digest)
         if self.rank == 0:
             ray.get(self.job.board.start.remote(start))
-        if self._train(engine, start):
+        ended = self._train(engine, start)
+        if ended is None:
             self._finish(engine, model, teacher_folder)
+        return ended
 
-    def _train(self, engine: StudentEngine, start: int) -> bool:
-        """Every step from `start` on; False where it ended early, for a stop or because a node goes."""
+    def _train(self, engine: StudentEngine, start: int) -> str | None:
+        """Every step from `start` on; says why where it ended early, for a stop or because a node goes."""
         saver = Saver(self.storage, self.token)
         keeper = Keeper(self.job, saver, engine, self.digest, self._say)
         stop = False
@@ -120,12 +127,13 @@ class _Run:
                 if ends:
                     saver.drain()
                     self._on_rank_0(self._store_history)
-                    if not result.flags:
-                        self._say(f"a node is about to be taken away: the workers leave after step {step + 1}, saved")
-                        preemption.leave(self.rank, self.world)
-                    return False
+                    return STOPPED if result.flags else self._left(step + 1)
         saver.drain()
-        return True
+        return None
+
+    def _left(self, steps: int) -> str:
+        self._say(f"a node is about to be taken away: the workers leave after {steps} steps, which are saved")
+        return preemption.LEFT
 
     def _step(
         self, engine: StudentEngine, saver: Saver, batches: _Waited, step: int, stop: bool
