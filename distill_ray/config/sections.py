@@ -236,8 +236,16 @@ class TrainSection(Section):
     """Arithmetic of the student."""
     seed: Identity[int] = Field(default=0, ge=0)
     """Fixes data order and random weights."""
+    on_bad_loss: AddedIdentity[Literal["stop", "skip"]] = "stop"
+    """A step whose loss or gradient is not finite, or whose loss is a spike: `stop` ends the run, `skip` leaves weights
+    and optimizer as they were and goes on with the next batch; ten in a row end the run."""
+    loss_spike: AddedIdentity[float] = Field(default=0.0, ge=0)
+    """A spike is a loss above this many times the median of recent steps, above 1; 0: none is."""
     workers: Placement[Range] = Range(min=1, max=1)
-    """Ray Train workers; min = max, since the worker group does not grow or shrink."""
+    """Ray Train workers. Where min < max, the group is as large as there is room for whenever it is started."""
+    settle_s: Placement[float] = Field(default=30.0, ge=0)
+    """Where workers.min < workers.max: seconds without a node coming or going before a lost group is started again, so
+    that one wave of lost nodes costs one conversion of the checkpoint."""
     zero_stage: Placement[int] = Field(default=2, ge=1, le=3)
     """DeepSpeed ZeRO stage."""
     offload: Placement[bool] = False
@@ -250,17 +258,25 @@ class TrainSection(Section):
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Placement[int] = Field(default=2, ge=1)
     """Newest checkpoints kept, beside the best."""
+    keep_every: Placement[int] = Field(default=0, ge=0)
+    """Also keep every so many-th checkpoint, those of steps that keep_every × checkpoint_every divides; 0: none."""
     max_failures: Placement[int] = Field(default=3, ge=0)
-    """Restarts of the worker group within one command."""
+    """Restarts of the worker group within one command, after failures."""
+    max_preemption_failures: Placement[int] = Field(default=-1, ge=-1)
+    """Restarts within one command after a node was taken away with notice; -1: any number."""
 
     @field_validator("workers")
     @classmethod
-    def _fixed(cls, value: Range) -> Range:
-        if value.min != value.max:
-            raise ValueError(
-                f"min={value.min} and max={value.max} differ, but training cannot change its number of workers yet; "
-                f"use {{ min = {value.max}, max = {value.max} }}"
-            )
+    def _some(cls, value: Range) -> Range:
+        if not value.min:
+            raise ValueError("min=0: training needs at least one worker; use min = 1 or more")
+        return value
+
+    @field_validator("loss_spike")
+    @classmethod
+    def _above_one(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError(f"{value} times the median is met by every second step; use more than 1, say 3, or 0")
         return value
 
     @model_validator(mode="after")
@@ -269,6 +285,11 @@ class TrainSection(Section):
             raise ValueError(
                 f"global_batch_tokens={self.global_batch_tokens} is not a multiple of pack_tokens={self.pack_tokens}; "
                 f"use {max(1, self.global_batch_tokens // self.pack_tokens) * self.pack_tokens}"
+            )
+        if self.workers.min < self.workers.max > self.packs_per_batch:
+            raise ValueError(
+                f"workers.max={self.workers.max} exceeds the {self.packs_per_batch} pack(s) of a global batch: some "
+                f"workers would never have one; use workers.max = {self.packs_per_batch} or a larger global batch"
             )
         return self
 

@@ -25,6 +25,15 @@ class Board:
         self._error: Exception | None = None
         self._final = False
         self._placed = False
+        self._sized = False
+
+    def size(self) -> None:
+        """An elastic group's number of workers has been chosen, so Ray Train now asks for their places."""
+        self._sized = True
+
+    def sized(self) -> bool:
+        """Whether that has happened."""
+        return self._sized
 
     def enter(self) -> None:
         """A worker has been placed on the cluster and runs."""
