@@ -168,6 +168,13 @@ def _student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
             f"the student {origin} has a vocabulary of {shape.vocab_size:,} rows, the teacher's tokenizer "
             f"{len(tokenizer):,} entries; a student needs the teacher's tokenizer: choose one of the same family"
         )
+    if recipe.loss.needs_draws and shape.vocab_size < teacher.vocab_size:
+        # Rows beyond the tokenizer are of small probability each, and over a corpus one of them is drawn.
+        raise UserError(
+            f'loss.objective = "{recipe.loss.objective}" trains on tokens drawn from all {teacher.vocab_size:,} rows '
+            f"of the teacher, and the student {origin} has {shape.vocab_size:,}: the first draw beyond them would end "
+            'the training; choose a student with as many rows, or objective = "bucket"'
+        )
     if student.model is not None:
         corpus.same_tokenizer(tokenizer, corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code))
     return Finding("student", f"{shape.layers} layers, vocabulary {shape.vocab_size:,}")

@@ -8,6 +8,7 @@ Legend of shapes: N rows, M the most distinct ids that one of them drew.
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -52,6 +53,7 @@ def check_draws_fall(identity: CaptureIdentity, stored: UnitTargets) -> tuple[in
     that none is kept.
     """
     outside = expected = variance = 0.0
+    seen: set[bytes] = set()
     for i in range(len(stored) if identity.draws else 0):
         sequence = stored.sequence(i)
         beyond_N, total_N = _outside(identity, sequence)
@@ -62,6 +64,9 @@ def check_draws_fall(identity: CaptureIdentity, stored: UnitTargets) -> tuple[in
                     t, f"{total_N[t] - beyond_N[t]} of its {total_N[t]} draws from the tail are kept ids"
                 )
             continue
+        if (key := hashlib.sha256(sequence.tokens.tobytes()).digest()) in seen:
+            continue  # draws are seeded by their sequence: a second copy of it tells nothing new
+        seen.add(key)
         log_tail_N = decode_rows(identity, sequence, identity.draws_temperature).log_tail_N.astype(np.float64)
         tail_N = np.exp(np.minimum(log_tail_N, 0.0))
         outside += beyond_N.sum()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from distill_ray import checkpoints
 from distill_ray.train.result import HISTORY_FILE
+from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
     from distill_ray.train.job import Job
@@ -35,7 +35,7 @@ def for_any_size(job: Job, manifest: checkpoints.Manifest, say: Callable[[str], 
     if found is not None:
         return found
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="distill-ray-convert-") as work:
+    with Scratch("convert") as work:
         saved, converted = Path(work) / "saved", Path(work) / "converted"
         checkpoints.restore(job.storage, manifest, [f.name for f in manifest.files], saved)
         convert(saved, converted, manifest.zero_stage, max(1, len(os.sched_getaffinity(0)) // 2))

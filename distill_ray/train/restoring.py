@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -14,6 +14,7 @@ from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, IntegrityError, UserError
 from distill_ray.storage import Storage
 from distill_ray.train.result import HISTORY_FILE
+from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
     from distill_ray.student.engine import StudentEngine
@@ -63,11 +64,19 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
             manifest = _converted(job, engine, manifest, broken)
             if manifest is None:
                 continue
-        with tempfile.TemporaryDirectory(prefix="distill-ray-restore-") as folder:
-            problems = [p for p in _everyones_problem(job, engine, manifest, Path(folder)) if p]
+        with Scratch("restore") as own:
+            # Of a conversion every rank reads every file: one copy a node, or eight of them fill its disk.
+            folder = _of_this_node(own) if resized else Path(own)
+            names = [f.name for f in manifest.files]
+            if folder != Path(own):
+                names = []
+            elif not resized:
+                names = engine.needed(names, engine.rank)
+            problems = [p for p in _everyones_problem(job, manifest, names, engine.place(folder)) if p]
             if not problems:
-                engine.load(Path(folder), universal=resized)
-                lines = (engine.place(Path(folder)) / HISTORY_FILE).read_text().splitlines()
+                engine.load(folder, universal=resized)
+                lines = (engine.place(folder) / HISTORY_FILE).read_text().splitlines()
+                dist.barrier()  # another rank may still read what lies here
                 return manifest.step, [json.loads(line) for line in lines]
         if resized and manifest.step not in made_anew:
             # Sizes alone said that it is whole. What it was made from may be sound: no step is given up yet.
@@ -154,15 +163,20 @@ def check_plan(manifest: checkpoints.Manifest, plan: str) -> None:
         )
 
 
-def _everyones_problem(
-    job: Job, engine: StudentEngine, manifest: checkpoints.Manifest, folder: Path
-) -> list[str | None]:
+def _of_this_node(own: str) -> Path:
+    """The folder of the first rank on this machine. A collective."""
+    import torch.distributed as dist
+
+    here = os.environ.get("NODE_RANK", "0")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (here, own))
+    return Path(next(folder for node, folder in everyone if node == here))
+
+
+def _everyones_problem(job: Job, manifest: checkpoints.Manifest, names: list[str], folder: Path) -> list[str | None]:
     def restore() -> str | None:
-        names = [f.name for f in manifest.files]
-        if manifest.world_size == engine.world:
-            names = engine.needed(names, engine.rank)
         try:
-            checkpoints.restore(job.storage, manifest, names, engine.place(folder))
+            checkpoints.restore(job.storage, manifest, names, folder)
         except IntegrityError as error:
             return str(error)
         return None

@@ -69,6 +69,13 @@ def test_honest_draws_pass(draws_from: str, temperature: float) -> None:
         assert figures(of, whole.sequence(i), logits_NV).difference is None
 
 
+def test_copies_of_one_sequence_draw_alike_and_count_once() -> None:
+    """Taken for independent, 1,500 copies would accuse each sequence whose sum lies a quarter of a deviation off."""
+    of = drawing()
+    for seed in range(1, 5):
+        assert check_draws_fall(of, unit_of(of, [taught(of, seed)] * 1500)) is None
+
+
 def test_a_capture_without_draws_has_none_to_check() -> None:
     of = identity(V, K, (1.0, 2.0))
     sequence, _, rows = taught(drawing())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from distill_ray import checkpoints
 from distill_ray.config.sections import TrainSection
 from distill_ray.lease import Lease, LeaseToken
 from distill_ray.storage import Storage, open_storage
+from distill_ray.storage.local import LocalStorage
 from distill_ray.student import universal
 from distill_ray.train import restoring
 from distill_ray.train.result import HISTORY_FILE, to_lines
@@ -25,9 +27,8 @@ RUN = "runs/tiny/v1"
 class FakeEngine:
     """One worker; remembers what it loaded."""
 
-    rank, world = 0, 1
-
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
         self.loaded: list[tuple[bytes, bool]] = []
 
     def place(self, folder: Path) -> Path:
@@ -117,3 +118,33 @@ def test_a_damaged_checkpoint_falls_back_though_it_was_to_be_converted(
         _flip(storage, key)
     assert _restore(storage, token)[1] == 3
     assert any("checkpoint of step 6 is broken and not used" in text for text in said)
+
+
+class CountingStorage(LocalStorage):
+    """Counts this process's downloads."""
+
+    downloads = 0
+
+    def download(self, key: str, path: Path) -> None:
+        self.downloads += 1
+        super().download(key, path)
+
+
+def _restore_beside_others(rank: int, tmp: str, token: LeaseToken) -> None:
+    os.environ["NODE_RANK"] = "01"[rank // 2]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp}/store-3", rank=rank, world_size=3)
+    restoring._say = lambda job, text: None
+    universal.convert = lambda saved, out, zero_stage, processes: shutil.copytree(saved, out)
+    storage, engine = CountingStorage(f"{tmp}/root"), FakeEngine(rank, 3)
+    job: Any = SimpleNamespace(storage=storage, token=token, recipe=SimpleNamespace(train=TrainSection(zero_stage=2)))
+    restoring.restore_newest(job, engine, "p")  # type: ignore[arg-type]
+    assert engine.loaded == [(b"weights of step 3", True)]
+    Path(tmp, f"downloads-{rank}").write_text(str(storage.downloads))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_conversion_is_fetched_once_a_node(storage: Storage, token: LeaseToken, tmp_path: Path) -> None:
+    files = len(_save(storage, token, tmp_path, 3).files)
+    torch.multiprocessing.spawn(_restore_beside_others, args=(str(tmp_path), token), nprocs=3)
+    counts = [int((tmp_path / f"downloads-{rank}").read_text()) for rank in range(3)]
+    assert counts == [2 * files, 0, files], "rank 0 also fetches what it converts"
