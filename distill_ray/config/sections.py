@@ -246,6 +246,9 @@ class TrainSection(Section):
     settle_s: Placement[float] = Field(default=30.0, ge=0)
     """Where workers.min < workers.max: seconds without a node coming or going before a lost group is started again, so
     that one wave of lost nodes costs one conversion of the checkpoint."""
+    grow_after_s: Placement[float] = Field(default=900.0, ge=0)
+    """Where workers.min < workers.max: seconds a group runs before it saves and is started again with more workers, if
+    there is room for them; counts against max_preemption_failures."""
     zero_stage: Placement[int] = Field(default=2, ge=1, le=3)
     """DeepSpeed ZeRO stage."""
     offload: Placement[bool] = False

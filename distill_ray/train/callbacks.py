@@ -43,6 +43,8 @@ class Settle(ControllerCallback, WorkerGroupCallback):
         self._train, self._board = train, board
         self._held: Counter[str] = Counter()
         self._workers: int | None = None
+        self._started = 0.0
+        self._room_since: float | None = None
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Wait until nodes have settled; then correct the number of workers."""
@@ -55,11 +57,25 @@ class Settle(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Remember what is reserved: a lost group's reservation is given back only after the next size is chosen."""
+        self._started = time.monotonic()
+        self._room_since = None
         self._held = Counter(worker.metadata.node_id for worker in worker_group.get_workers())
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         """Nothing is reserved any more."""
         self._held.clear()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Have the group save and leave once there has been room for more workers for the settling time."""
+        now, train = time.monotonic(), self._train
+        if now - self._started < train.grow_after_s or not self._held:
+            return
+        if min(train.workers.max, sum(room(train, self._held).values())) <= self._held.total():
+            self._room_since = None
+        elif self._room_since is None:
+            self._room_since = now
+        elif now - self._room_since >= train.settle_s:
+            self._board.ask_leave.remote()
 
     def _settled(self) -> tuple[int, float]:
         import ray

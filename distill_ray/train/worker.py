@@ -15,6 +15,7 @@ from distill_ray.ingest import open_cache
 from distill_ray.storage import StorageError, stage_folder
 from distill_ray.train import preemption
 from distill_ray.train.bad_loss import check, line_of, spike_bound
+from distill_ray.train.board import GO, LEAVE, STOP
 from distill_ray.train.job import Job, make_plan
 from distill_ray.train.keeping import Keeper
 from distill_ray.train.restoring import restore_newest
@@ -89,6 +90,7 @@ class _Run:
         self.digest = self.plan.digest
         self.history: list[dict[str, float]] = []
         self.student_ids: int | None = None
+        self.told = GO
         self._stored_at = time.monotonic()
 
     def run(self) -> str | None:
@@ -114,11 +116,10 @@ class _Run:
         """Every step from `start` on; says why where it ended early, for a stop or because a node goes."""
         saver = Saver(self.storage, self.token)
         keeper = Keeper(self.job, saver, engine, self.digest, self._say)
-        stop = False
         with self._batches(start) as batches:
             waited = _Waited(batches)
             for step in range(start, self.plan.steps):
-                result, stop = self._step(engine, saver, waited, step, stop)
+                result = self._step(engine, saver, waited, step)
                 ends = bool(result.flags or result.leaving)
                 if step + 1 == self.plan.steps:
                     break
@@ -132,22 +133,21 @@ class _Run:
         return None
 
     def _left(self, steps: int) -> str:
-        self._say(f"a node is about to be taken away: the workers leave after {steps} steps, which are saved")
+        why = "there is room for more workers" if self.told == LEAVE else "a node is about to be taken away"
+        self._say(f"{why}: the workers leave after {steps} steps, which are saved")
         return preemption.LEFT
 
-    def _step(
-        self, engine: StudentEngine, saver: Saver, batches: _Waited, step: int, stop: bool
-    ) -> tuple[StepResult, bool]:
-        """One step and its line; also, on rank 0, whether the driver wants to stop."""
+    def _step(self, engine: StudentEngine, saver: Saver, batches: _Waited, step: int) -> StepResult:
+        """One step and its line; on rank 0 also what is to be done after it."""
         train = self.recipe.train
         begun, batches.seconds = time.perf_counter(), 0.0
         bound = spike_bound(train, self.history)
         result = engine.train_step(
             batches,
             self.plan.steps,
-            flag=int(stop),
+            flag=int(self.told == STOP),
             arrived=int(saver.arrived),
-            leave=lambda: preemption.notice() is not None,
+            leave=lambda: self.told == LEAVE or preemption.notice() is not None,
             skip_above=bound if train.on_bad_loss == "skip" else None,
         )
         seconds = time.perf_counter() - begun
@@ -156,7 +156,8 @@ class _Run:
         saver.check()
         good = check(train, step, result, bound, self.history)
         times = {"seconds": seconds, "data_s": batches.seconds, "save_s": saver.take()}
-        return result, self._record(step, result, times, good)
+        self.told = self._record(step, result, times, good)
+        return result
 
     def _nothing_to_do(self) -> bool:
         """A group restarted after the last publication would train again and write over what is published."""
@@ -206,8 +207,8 @@ class _Run:
             start_step=start,
         )
 
-    def _record(self, step: int, result: StepResult, times: dict[str, float], good: bool) -> bool:
-        """Keep the step's line; on rank 0 also tell the driver, and answer whether it wants to stop."""
+    def _record(self, step: int, result: StepResult, times: dict[str, float], good: bool) -> int:
+        """Keep the step's line; on rank 0 also tell the driver, and answer whether to go on, stop or leave."""
         import ray
 
         figures = {**asdict(result), **{name: round(s, 6) for name, s in times.items()}}
@@ -218,10 +219,10 @@ class _Run:
             self._say(f"step {step} was skipped: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}")
         self.history.append(line)
         if self.rank != 0:
-            return False
+            return GO
         if time.monotonic() - self._stored_at > _HISTORY_EVERY_S:
             self._store_history()
-        return bool(ray.get(self.job.board.post.remote(line)))
+        return ray.get(self.job.board.post.remote(line))
 
     def _finish(self, engine: StudentEngine, model: PreTrainedModel, teacher_folder: Path) -> None:
         state = engine.export_state()

@@ -71,10 +71,7 @@ def nodes() -> Iterator[Nodes]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        found = Nodes(cluster, [])
-        found.add()
-        found.add()
-        yield found
+        yield Nodes(cluster, [])
         cluster.shutdown()
 
 
@@ -83,7 +80,7 @@ class Waits(Board):
 
     folder = Path()
 
-    def post(self, line: dict[str, float]) -> bool:
+    def post(self, line: dict[str, float]) -> int:
         with (self.folder / "posted").open("a") as file:
             file.write(f"{line['step']}\n")
         if line["step"] == AT and not (self.folder / "reached").exists():
@@ -122,8 +119,12 @@ class Outcome:
     conversions: list[dict[str, Any]]
 
 
-def run(root: Path, nodes: Nodes, change: Callable[[], None], later: Callable[[], None], **section: Any) -> Outcome:
-    """Train; after step `AT`, `change` the nodes, and once training goes on, do what comes `later`."""
+def run(
+    root: Path, nodes: Nodes, first: int, change: Callable[[], None], later: Callable[[], None], **section: Any
+) -> Outcome:
+    """Train on `first` nodes; after step `AT`, `change` them, and once training goes on, do what comes `later`."""
+    for _ in range(first):
+        nodes.add()
     recipe = tiny_recipe(root, train={"workers": {"min": 1, "max": 2}, "settle_s": 4.0, **section})
     storage = open_storage(recipe.storage.root)
     manifest = make_targets(storage, recipe)
@@ -157,7 +158,7 @@ def run(root: Path, nodes: Nodes, change: Callable[[], None], later: Callable[[]
 
 
 def test_a_lost_node_leaves_a_group_of_one_that_ends_at_the_same_losses(tmp_path: Path, nodes: Nodes) -> None:
-    found = run(tmp_path, nodes, nodes.lose, lambda: None, max_failures=1)
+    found = run(tmp_path, nodes, 2, nodes.lose, lambda: None, max_failures=1)
     assert found.losses == pytest.approx(found.reference, rel=1e-5)
     assert found.tokens == found.planned
     # Saved were two steps, and perhaps four: that checkpoint was on its way.
@@ -178,9 +179,21 @@ def test_a_drain_notice_of_8_s_loses_no_finished_step_and_counts_as_no_failure(t
         time.sleep(5.5)
         nodes.lose()
 
-    found = run(tmp_path, nodes, notice, take, max_failures=0)
+    found = run(tmp_path, nodes, 2, notice, take, max_failures=0)
     assert found.losses == pytest.approx(found.reference, rel=1e-5)
     assert found.tokens == found.planned
     assert found.posted == list(range(len(found.losses))), "no step was done twice"
     assert f"the workers leave after {AT + 2} steps, which are saved" in found.notes
     assert "started again with 1 workers (before: 2)" in found.notes
+
+
+def test_a_new_node_is_used_after_the_group_has_saved_and_left(tmp_path: Path, nodes: Nodes) -> None:
+    def add() -> None:
+        nodes.add()
+        time.sleep(8.0)  # the settling time, and two looks
+
+    found = run(tmp_path, nodes, 1, add, lambda: None, max_failures=0, grow_after_s=0.0)
+    assert found.losses == pytest.approx(found.reference, rel=1e-5)
+    assert found.posted == list(range(len(found.losses))), "no step was done twice"
+    assert f"there is room for more workers: the workers leave after {AT + 2} steps, which are saved" in found.notes
+    assert "started again with 2 workers (before: 1)" in found.notes

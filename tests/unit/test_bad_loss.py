@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,16 @@ import torch
 from distill_ray.config.sections import TrainSection
 from distill_ray.errors import UserError
 from distill_ray.ingest.batch import PackedBatch
+from distill_ray.lease import Lease
 from distill_ray.losses import LossSpec
+from distill_ray.storage import open_storage
 from distill_ray.student.engine import StepResult, StudentEngine
 from distill_ray.student.module import DistillModule
 from distill_ray.train.bad_loss import check, line_of, spike_bound
+from distill_ray.train.job import Job
+from distill_ray.train.keeping import Keeper
+from distill_ray.train.saving import Saver
+from tests.stages.train_assets import tiny_recipe
 from tests.unit.student_fakes import VOCAB, documents, pack, tiny_config, tiny_model
 
 SKIP = TrainSection(on_bad_loss="skip", loss_spike=3.0)
@@ -69,6 +76,20 @@ def test_a_line_is_json_whatever_the_loss_and_says_that_it_was_skipped() -> None
     line = line_of(4, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1}, good=False)
     assert json.loads(json.dumps(line, allow_nan=False)) == {"step": 4, "lr": 0.1, "skipped": 1}
     assert line_of(4, {"loss": 0.5}, good=True) == {"step": 4, "loss": 0.5}
+
+
+def test_no_checkpoint_is_written_where_every_step_since_the_last_one_was_skipped(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, train={"checkpoint_every": 2})
+    storage = open_storage(str(tmp_path))
+    with Lease.acquire(storage, recipe.run_prefix) as lease:
+        saver = Saver(storage, lease.token)
+        engine: Any = SimpleNamespace(rank=0, world=1, save=lambda folder: [])
+        manifest: Any = None
+        keeper = Keeper(Job(recipe, storage, manifest, lease.token, None), saver, engine, "plan", print)
+        keeper.save(3, lines([1.0, math.nan, math.nan]))
+        assert not saver.in_flight
+        keeper.save(4, lines([1.0, math.nan, math.nan, 2.0]))
+        assert saver.in_flight
 
 
 def _steps(kinds: str) -> list[list[PackedBatch]]:
