@@ -45,7 +45,7 @@ class Auditor:
         """`check_unit`."""
         if self._refused is not None:
             raise self._refused
-        return check_unit(self._storage, self._identity, self._recipe.corpus, self._tokenizer, unit, object_sha256)
+        return check_unit(self._storage, self._identity, self._recipe, self._tokenizer, unit, object_sha256)
 
     def score(self, unit: str, sequences: tuple[int, ...]) -> SequenceFigures:
         """`score_again`."""

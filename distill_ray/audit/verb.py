@@ -143,7 +143,8 @@ def _compare(
 
 def _sources(recipe: Recipe, storage: Storage, manifest: RunManifest, samples: list[UnitSample]) -> dict[str, Unit]:
     """Where the sampled units' sources lie now."""
-    planned = corpus.plan_units(recipe.corpus, manifest.identity.tokenizer, storage)
+    prompts = manifest.identity.generate is not None
+    planned = corpus.plan_units(recipe.corpus, manifest.identity.tokenizer, storage, prompts=prompts)
     place, found = places_in(planned.hashes, np.array([s.unit.unit for s in samples], HASH))
     gone = [s.unit for s, there in zip(samples, found, strict=True) if not there]
     if gone:

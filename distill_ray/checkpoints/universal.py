@@ -29,14 +29,17 @@ def universal_of(storage: Storage, run_prefix: str, manifest: Manifest) -> Manif
     return None if problems_of(storage, found) else found
 
 
-def store_universal(storage: Storage, token: LeaseToken, manifest: Manifest, folder: Path) -> Manifest:
-    """Upload the converted files, several at once, and publish them.
+def store_universal(
+    storage: Storage, token: LeaseToken, manifest: Manifest, folder: Path, *, seconds: float = 0.0
+) -> Manifest:
+    """Upload the converted files, several at once, and publish them, with their size and what they took.
 
     Args:
         storage: the run's store.
         token: of the run's lease.
         manifest: of the checkpoint that was converted.
         folder: the conversion; names keep its inner folders.
+        seconds: that the conversion took, without this upload.
 
     Raises:
         LeaseLostError: another driver took the run over; nothing was published.
@@ -55,7 +58,8 @@ def store_universal(storage: Storage, token: LeaseToken, manifest: Manifest, fol
     data = stored.to_json()
     key = stored.key_of("manifest.json")
     storage.put(key, data)
-    entry = {**document_entry(key, data), "of": _digest(manifest)}
+    size = sum(file.size for file in files)
+    entry = {**document_entry(key, data), "of": _digest(manifest), "seconds": round(seconds, 3), "bytes": size}
     publish_entry(storage, token, _PREFIX + step_name(manifest.step), entry)
     return stored
 

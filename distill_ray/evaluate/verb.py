@@ -13,6 +13,7 @@ from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.evaluate.figures import (
     audit_figures,
+    dollars,
     rates,
     recipe_fields,
     run_identity,
@@ -90,7 +91,13 @@ def run(
         evaluation,
         recipe=recipe_fields(recipe, manifest),
         identity=run_identity(recipe, manifest, str(published["student"]["sha256"])),
-        timings=reports.Timings(seconds, rates(manifest, history, evaluation.tokens_per_s), untimed_units(manifest)),
+        timings=reports.Timings(
+            seconds,
+            rates(manifest, history, evaluation.tokens_per_s),
+            untimed_units(manifest),
+            published["targets"].get("teacher_of_command"),
+            dollars(recipe, published["targets"], history),
+        ),
         tokens=token_counts(published["targets"], manifest, history, evaluation.teacher.rows),
         targets=target_figures(manifest),
         history=history,

@@ -14,7 +14,7 @@ from distill_ray.train.result import HISTORY_FILE
 from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
-    from distill_ray.train.worker import Job
+    from distill_ray.train.job import Job
 
 
 def for_any_size(job: Job, manifest: checkpoints.Manifest, say: Callable[[str], None]) -> checkpoints.Manifest:
@@ -40,10 +40,11 @@ def for_any_size(job: Job, manifest: checkpoints.Manifest, say: Callable[[str], 
         checkpoints.restore(job.storage, manifest, [f.name for f in manifest.files], saved)
         convert(saved, converted, manifest.zero_stage, max(1, len(os.sched_getaffinity(0)) // 2))
         shutil.copyfile(saved / HISTORY_FILE, converted / HISTORY_FILE)
-        stored = checkpoints.store_universal(job.storage, job.token, manifest, converted)
-    size = sum(f.size for f in stored.files) / 2**30
+        seconds = time.monotonic() - started
+        stored = checkpoints.store_universal(job.storage, job.token, manifest, converted, seconds=seconds)
+    size, before = (sum(f.size for f in m.files) / 2**30 for m in (stored, manifest))
     say(
         f"checkpoint of step {manifest.step} was saved by {manifest.world_size} workers; converted for any number in "
-        f"{time.monotonic() - started:.0f} s, {size:.3g} GiB"
+        f"{time.monotonic() - started:.0f} s, {size:.3g} GiB, with {size + before:.3g} GiB of local disk"
     )
     return stored

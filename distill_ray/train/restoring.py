@@ -18,7 +18,7 @@ from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
     from distill_ray.student.engine import StudentEngine
-    from distill_ray.train.worker import Job
+    from distill_ray.train.job import Job
 
 T = TypeVar("T")
 _MEET_S = 60.0

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from distill_ray.train.worker import Job
+    from distill_ray.train.job import Job
 
 
 HISTORY_FILE = "metrics.jsonl"

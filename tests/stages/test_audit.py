@@ -148,7 +148,7 @@ def audit_whole(job: Job, unit: str, scorer: Scorer) -> Found | None:
     identity, stored = manifest.identity, next(u for u in manifest.units if u.unit == unit)
     tokenizer = corpus.load_tokenizer(recipe.teacher.model, False)
     (source,) = [u for u in corpus.plan_units(recipe.corpus, identity.tokenizer, storage) if u.hash == unit]
-    found = check_unit(storage, identity, recipe.corpus, tokenizer, source, stored.object_sha256)
+    found = check_unit(storage, identity, recipe, tokenizer, source, stored.object_sha256)
     places = tuple(range(len(stored.lengths)))
     return found or score_again(storage, identity, scorer, tolerance_of("float32", None), unit, places).difference
 
