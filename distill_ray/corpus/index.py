@@ -115,13 +115,17 @@ def _cached(cache: Storage, key: str, about: dict[str, Any]) -> SourceIndex | No
     return None
 
 
-def index_source(uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage | None) -> SourceIndex:
+def index_source(
+    uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage | None, *, cached_only: bool = False
+) -> SourceIndex:
     """The index of one source, from the cache where (uri, version, size) is known, else read in one pass.
 
     Raises:
-        UserError: the source is damaged, or changed while it was read.
+        UserError: the source is damaged, or changed while it was read; or it is not cached, and it must be.
     """
     found = _cached(cache, _cache_key(uri, info), _about(uri, info, unit_bytes)) if cache else None
+    if found is None and cached_only:
+        raise UserError(f"corpus source {uri} is new or changed, and no capture has read it yet")
     if found is None:
         found = _read(uri, info, unit_bytes)
         store, name = locate(uri)

@@ -163,18 +163,26 @@ def _hasher(section: CorpusSection, tokenizer_id: str, container: str, content: 
 
 
 def _indices(
-    section: CorpusSection, sources: Mapping[str, ObjectInfo], cache: Storage | None
+    section: CorpusSection, sources: Mapping[str, ObjectInfo], cache: Storage | None, cached_only: bool
 ) -> Iterator[tuple[str, SourceIndex]]:
     """The index of each source, in the order of their URIs; only those that are ahead of the caller are held."""
     with ThreadPoolExecutor(min(_THREADS, max(1, len(sources)))) as pool:
         uris = sorted(sources)
-        yield from zip(
-            uris, pool.map(lambda uri: index_source(uri, sources[uri], section.unit_bytes, cache), uris), strict=True
-        )
+
+        def one(uri: str) -> SourceIndex:
+            return index_source(uri, sources[uri], section.unit_bytes, cache, cached_only=cached_only)
+
+        yield from zip(uris, pool.map(one, uris), strict=True)
 
 
 def plan_units(
-    section: CorpusSection, tokenizer_id: str, cache: Storage | None, *, top_k: int | None = None, draws: int = 0
+    section: CorpusSection,
+    tokenizer_id: str,
+    cache: Storage | None,
+    *,
+    top_k: int | None = None,
+    draws: int = 0,
+    cached_only: bool = False,
 ) -> Units:
     """All units of the corpus, sorted by hash; equal content is one unit with a multiplicity.
 
@@ -184,6 +192,7 @@ def plan_units(
         cache: root storage, where one small object per source version keeps its hash and layout; None reads all.
         top_k: K of the capture, which bounds the size of a unit; None: not checked.
         draws: draws a row, which bound it too.
+        cached_only: refuse a source that is not in the cache rather than read it.
 
     Raises:
         UserError: a source is missing, damaged, of unknown format or without the needed columns, or nothing is in
@@ -197,7 +206,7 @@ def plan_units(
     most = 0 if top_k is None else most_unit_bytes(section, top_k, draws)
 
     def rows() -> Iterator[tuple[Any, ...]]:
-        for uri, index in _indices(section, infos, cache):
+        for uri, index in _indices(section, infos, cache, cached_only):
             check_columns(section, uri, index.columns)
             sources.append(Source(uri, index.sha256, infos[uri].version))
             container = container_of(uri)
