@@ -18,7 +18,7 @@ from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import DistillError, UserError
 from distill_ray.lease import Lease, LeaseToken, publish, read_published
 from distill_ray.preflight import Finding, check
-from distill_ray.report import failures, read_report
+from distill_ray.report import failures, read_report, unjudged
 from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import private_cpus, ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
@@ -180,6 +180,7 @@ def _result(recipe: Recipe, storage: Storage, *, exported: bool) -> RunResult:
     report = read_report(storage, recipe.run_prefix)
     passed = not failures(report["gate"])
     notes = [_new_units(recipe, storage, published)]
+    notes += [f"not judged: {each}" for each in unjudged(report["gate"])]
     if exported and passed:
         notes.append(published[export.LATEST]["reason"])
     return RunResult(

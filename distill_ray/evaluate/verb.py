@@ -13,6 +13,8 @@ from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.evaluate.figures import (
     audit_figures,
+    baseline,
+    holdout,
     rates,
     recipe_fields,
     run_identity,
@@ -94,8 +96,10 @@ def run(
         tokens=token_counts(published["targets"], manifest, history, evaluation.teacher.rows),
         targets=target_figures(manifest),
         history=history,
-        require=recipe.evaluate.require,
+        require=recipe.evaluate.bounds(),
         audit=audit_figures(published),
+        holdout=holdout(recipe, manifest, plan),
+        baseline=baseline(recipe, storage, _own_report(recipe, storage)),
     )
     _publish(recipe, storage, token, report, history)
     return report
@@ -110,7 +114,7 @@ def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str 
         return "it is of another training of the student"
     if entry["settings"] != json.loads(json.dumps(identity_of(recipe.evaluate))):
         return "other settings of [evaluate]"
-    if entry["require"] != recipe.evaluate.require:
+    if entry["require"] != recipe.evaluate.bounds():
         return "other bounds of evaluate.require"
     return None
 
@@ -124,14 +128,16 @@ def only_bounds_changed(recipe: Recipe, storage: Storage, published: Mapping[str
         reports.read_report(storage, recipe.run_prefix)
     except IntegrityError:
         return False
-    same = {**published, "report": {**entry, "require": recipe.evaluate.require}}
+    same = {**published, "report": {**entry, "require": recipe.evaluate.bounds()}}
     return outdated(recipe, same) is None
 
 
 def rejudge(recipe: Recipe, storage: Storage, token: LeaseToken) -> None:
     """Hold the published figures against the recipe's bounds as they are now; nothing is scored again."""
     report = reports.read_report(storage, recipe.run_prefix)
-    report["gate"] = reports.judge({model: report[model] for model in reports.MODELS}, recipe.evaluate.require)
+    against = baseline(recipe, storage, report)
+    report["baseline"] = None if against is None else {"version": against.version}
+    report["gate"] = reports.judge(report, recipe.evaluate.bounds(), against)
     student = read_published(storage, recipe.run_prefix)["student"]
     _publish(recipe, storage, token, report, _history(storage, student))
 
@@ -140,7 +146,15 @@ def _publish(
     recipe: Recipe, storage: Storage, token: LeaseToken, report: dict[str, Any], history: list[dict[str, float]]
 ) -> None:
     section = recipe.evaluate
-    reports.write_report(storage, token, report, history, settings=identity_of(section), require=dict(section.require))
+    reports.write_report(storage, token, report, history, settings=identity_of(section), require=section.bounds())
+
+
+def _own_report(recipe: Recipe, storage: Storage) -> dict[str, Any] | None:
+    """The report so far; None where there is none, or it is damaged and about to be written anew."""
+    try:
+        return reports.read_report(storage, recipe.run_prefix)
+    except IntegrityError:
+        return None
 
 
 def _history(storage: Storage, student: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from distill_ray.report.document import (
     to_bytes,
 )
 from distill_ray.report.files import page_damage, read_report, report_key, write_report
-from distill_ray.report.gate import MODELS, check_require, failures, judge
+from distill_ray.report.gate import MODELS, Baseline, check_require, failures, judge, unjudged
 from distill_ray.report.html import render_html
 from distill_ray.report.metrics import (
     DEFINITIONS,
@@ -27,6 +27,7 @@ __all__ = [
     "DEFINITIONS",
     "MODELS",
     "SCHEMA_VERSION",
+    "Baseline",
     "Evaluation",
     "KeptMassHistogram",
     "MetricSums",
@@ -47,5 +48,6 @@ __all__ = [
     "render_table",
     "report_key",
     "to_bytes",
+    "unjudged",
     "write_report",
 ]

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill_ray.errors import IntegrityError
-from distill_ray.report.gate import judge
+from distill_ray.report.gate import Baseline, judge
 from distill_ray.report.metrics import DEFINITIONS, KeptMassHistogram, MetricSums
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -89,26 +89,30 @@ def build_report(
     tokens: TokenCounts,
     targets: TargetFigures,
     history: list[dict[str, float]],
-    require: Mapping[str, float],
+    require: Mapping[str, Any],
     audit: Mapping[str, Any] | None = None,
+    holdout: Mapping[str, Any] | None = None,
+    baseline: Baseline | None = None,
 ) -> dict[str, Any]:
     """The report as plain JSON values.
 
     Args:
         recipe: the fields whose fingerprint is `identity.recipe`, as JSON values.
         history: one entry a training step: `step`, `loss`, `ce`, `kl_t`, `kl_t1`, …
-        require: bounds of `evaluate.require`.
+        require: bounds of `evaluate.require`, as `EvaluateSection.bounds` gives them.
         audit: figures of the audit that these targets passed before training; None where there was none.
+
+        holdout: `fingerprint` and number of the held-out `sequences`.
+        baseline: the version that relative bounds compare with; None before the first one.
 
     Raises:
         UserError: a metric is not finite, or a bound names an unknown metric.
     """
     sums = {"teacher": evaluation.teacher, "before": evaluation.before, "after": evaluation.after}
     metrics = {model: s.metrics(model) for model, s in sums.items()}
-    return {
+    report = {
         "schema_version": SCHEMA_VERSION,
         **metrics,
-        "gate": judge(metrics, require),
         "identity": asdict(identity),
         "recipe": recipe,
         "timings": asdict(timings),
@@ -118,8 +122,11 @@ def build_report(
         "training": {"steps": len(history), **({"first": history[0], "last": history[-1]} if history else {})},
         "calibration": {model: s.calibration() for model, s in sums.items()},
         "kept_mass": evaluation.kept_mass.to_json(),
+        "holdout": dict(holdout or {}),
+        "baseline": None if baseline is None else {"version": baseline.version},
         "definitions": DEFINITIONS,
     }
+    return report | {"gate": judge(report, require, baseline)}
 
 
 def to_bytes(report: dict[str, Any]) -> bytes:

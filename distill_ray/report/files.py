@@ -25,7 +25,7 @@ def write_report(
     history: list[dict[str, float]],
     *,
     settings: dict[str, Any],
-    require: dict[str, float],
+    require: dict[str, Any],
 ) -> None:
     """Write report.html and report.json and publish them as "report".
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from distill_ray.report import plots
-from distill_ray.report.gate import failures
+from distill_ray.report.gate import failures, required, unjudged
 from distill_ray.report.table import METRICS, MODELS
 
 _STYLE = """
@@ -69,17 +69,26 @@ def _gate(gate: dict[str, Any]) -> str:
     if not gate:
         return '<p class="soft">The recipe sets no bounds (evaluate.require), so nothing was gated.</p>'
     rows = "".join(
-        f"<tr><td>{escape(b['metric'])}</td><td class=number>{b['value']:.4f}</td>"
-        f"<td class=number>{b['sense']} {b['bound']:.4g}</td>"
-        f'<td class="{"good" if b["passed"] else "bad"}">{"passed" if b["passed"] else "failed"}</td></tr>'
+        f"<tr><td>{escape(b['metric'])}</td><td class=number>{_value(b['value'])}</td>"
+        f"<td class=number>{escape(required(b))}</td>{_verdict(b)}</tr>"
         for b in gate.values()
     )
     passed = not failures(gate)
-    verdict = "All bounds hold." if passed else "A bound fails: the model is kept, latest does not move."
+    held = "All bounds hold." if not unjudged(gate) else "No bound fails, but not every one could be judged."
+    verdict = held if passed else "A bound fails: the model is kept, latest does not move."
     return (
         f'<h2>Gate</h2><p class="{"good" if passed else "bad"}">{verdict}</p><table><tr><th>Metric</th>'
         f"<th class=number>Value</th><th class=number>Required</th><th>Verdict</th></tr>{rows}</table>"
     )
+
+
+def _value(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+def _verdict(bound: dict[str, Any]) -> str:
+    kind, text = {True: ("good", "passed"), False: ("bad", "failed"), None: ("soft", "not judged")}[bound["passed"]]
+    return f'<td class="{kind}">{text}{escape(": " + bound["note"]) if "note" in bound else ""}</td>'
 
 
 def _metrics_table(report: dict[str, Any]) -> str:
