@@ -152,6 +152,8 @@ def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop
         reason = standing.undone(stage, recipe, storage, published, until)
         if reason is None:
             return
+        if stage == "capture" and (gone := standing.withdrawn(storage, recipe.run_prefix)):
+            raise UserError(f"{reason}: {gone}")
         say(stage, f"done again: {reason}")
     started = time.monotonic()
     if stage == "capture":

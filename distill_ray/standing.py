@@ -7,6 +7,7 @@ from typing import Any
 from distill_ray import audit, capture, evaluate, export, train
 from distill_ray.config import Recipe
 from distill_ray.errors import IntegrityError
+from distill_ray.forgotten import read_forgotten
 from distill_ray.lease import read_document, read_published
 from distill_ray.report import page_damage
 from distill_ray.schema import ARTEFACT_OF
@@ -25,8 +26,20 @@ def due(recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]]) 
         elif stage in ("evaluate", "export") and before in found:
             found[stage] = f"it is of what {before} made before"
         elif (reason := undone(stage, recipe, storage, published, "export")) is not None:
-            found[stage] = reason
+            gone = withdrawn(storage, recipe.run_prefix) if stage == "capture" else None
+            found[stage] = f"refused: {gone}" if gone else reason
     return found
+
+
+def withdrawn(storage: Storage, run_prefix: str) -> str | None:
+    """What of the run's targets is gone on purpose, and stays so; None where nothing is."""
+    units = read_forgotten(storage).runs.get(run_prefix)
+    if units is None:
+        return None
+    return (
+        f"{units:,} of the run's units are of withdrawn sources (`distill-ray gc --forget`) and are not captured "
+        "again; give a new --version without those sources"
+    )
 
 
 def audit_is_due(recipe: Recipe, storage: Storage, until: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.containers import container_of
 from distill_ray.corpus.index import SourceIndex, index_source
 from distill_ray.errors import UserError
+from distill_ray.forgotten import Withdrawn, read_forgotten
 from distill_ray.schema import DRAW_BYTES, ROW_DRAW_BYTES
 from distill_ray.storage import ObjectInfo, Storage, glob_sources
 from distill_ray.units import KINDS, ROW, Source, Units
@@ -162,6 +164,15 @@ def _hasher(section: CorpusSection, tokenizer_id: str, container: str, content: 
     return hash_of
 
 
+def _refuse(uri: str, withdrawn: Withdrawn) -> None:
+    day = time.strftime("%Y-%m-%d", time.gmtime(withdrawn.at))
+    raise UserError(
+        f"corpus source {uri} holds content that was withdrawn on {day} (`distill-ray gc --forget`, then known at "
+        f"{', '.join(withdrawn.uris) or 'no place'}): it is not captured again; delete it, or leave it out of "
+        "corpus.sources"
+    )
+
+
 def _indices(
     section: CorpusSection, sources: Mapping[str, ObjectInfo], cache: Storage | None, cached_only: bool
 ) -> Iterator[tuple[str, SourceIndex]]:
@@ -196,17 +207,20 @@ def plan_units(
 
     Raises:
         UserError: a source is missing, damaged, of unknown format or without the needed columns, or nothing is in
-            them; or a unit's target object might exceed 1 GiB.
+            them; a unit's target object might exceed 1 GiB; or a source holds withdrawn content.
     """
     # A file that two globs name is one source; two files with the same bytes are a multiplicity of 2.
     infos = {uri: info for pattern in section.sources for uri, info in glob_sources(pattern)}
     for uri in infos:
         container_of(uri)
     sources: list[Source] = []
+    withdrawn = read_forgotten(cache).contents if cache else {}
     most = 0 if top_k is None else most_unit_bytes(section, top_k, draws)
 
     def rows() -> Iterator[tuple[Any, ...]]:
         for uri, index in _indices(section, infos, cache, cached_only):
+            if index.sha256 in withdrawn:
+                _refuse(uri, withdrawn[index.sha256])
             check_columns(section, uri, index.columns)
             sources.append(Source(uri, index.sha256, infos[uri].version))
             container = container_of(uri)

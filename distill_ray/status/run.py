@@ -42,6 +42,8 @@ class Status:
     trained: TrainProgress | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage → wall seconds of the command that ended it."""
+    forgotten: str = ""
+    """What of its targets is gone on purpose."""
     cost: str = ""
     """Device hours, as far as they are known."""
     latest: str = ""
@@ -90,7 +92,8 @@ class Status:
     def _about(self, stage: str) -> str:
         entry = self.done[stage]
         if stage == "capture":
-            return f"{entry['units']:,} units, {entry['rows']:,} rows, {entry['target_bytes'] / 1e9:.3g} GB"
+            size = f"{entry['units']:,} units, {entry['rows']:,} rows, {entry['target_bytes'] / 1e9:.3g} GB"
+            return size + (f"; forgotten: {self.forgotten}" if self.forgotten else "")
         if stage == "train" and self.trained is not None and self.trained.loss is not None:
             return f"{entry['step']:,} steps, last loss {self.trained.loss:.4g}"
         return ""
@@ -142,6 +145,7 @@ def status(recipe: Recipe) -> Status:
         captured=captured,
         trained=trained,
         seconds=timed,
+        forgotten=standing.withdrawn(storage, recipe.run_prefix) or "",
         cost=cost(recipe, captured, trained),
         latest=_latest(recipe, storage, published) if "export" in done else "",
         audited=recipe.audit.is_on,
