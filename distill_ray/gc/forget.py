@@ -82,8 +82,8 @@ class Found:
         if self.unreadable:
             lines.append(
                 f"UNKNOWN   {len(self.unreadable):,} target object(s) do not tell their source (one: "
-                f"{self.unreadable[0]}): damaged, or of another version of distill_ray; they STAY. Use that version, or "
-                "delete them yourself"
+                f"{self.unreadable[0]}): damaged, or of another version of distill_ray; they STAY. Use that version, "
+                "or delete them yourself"
             )
         return "\n".join([*lines, *(f"used by   {run.render()}" for run in self.runs)])
 

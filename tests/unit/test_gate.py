@@ -258,6 +258,8 @@ def test_the_held_out_set_is_its_sequences_not_where_they_lie():
 
     plain = of(_manifest(("a", [(HELD, 9), (3, 7), (TRAINED, 8)])))
     assert plain == of(_manifest(("z", [(3, 7)]), ("b", [(TRAINED, 5), (HELD, 9)]))), "other files, other training"
+    windows = of(_manifest(("a", [(HELD, 9)]), ("b", [(HELD, 7)])))
+    assert windows == of(_manifest(("a", [(HELD, 7)]), ("b", [(HELD, 9)]))), "windows of one document"
     assert plain != of(_manifest(("a", [(HELD, 9), (4, 7)])))
     assert plain != of(_manifest(("a", [(HELD, 9)])))
     assert plain != of(_manifest(("a", [(HELD, 9), (3, 6)])))

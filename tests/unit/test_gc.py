@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from distill_ray import cli, corpus, gc, standing, targets
+from distill_ray import cli, corpus, gc, pipeline, standing, targets
 from distill_ray.config import Recipe
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.forgotten import KEY, read_forgotten
@@ -358,6 +359,18 @@ def test_afterwards_its_content_is_refused_wherever_it_lies_and_the_run_says_so(
     again = gc.find(storage, str(_source(tmp_path, "b")))
     assert again.units == {}
     assert [run.prefix for run in again.runs] == ["runs/tiny/v1"], "who was trained on it is still told"
+
+
+def test_a_run_that_lacks_withdrawn_rows_is_not_captured_anew(trained: Recipe, storage: Storage, tmp_path: Path):
+    units = run_fakes.planned(trained, storage)
+    gc.forget(storage, gc.find(storage, str(_source(tmp_path, "b"))))
+    _source(tmp_path, "b").unlink()
+    gone = len(_of(units, "b"))
+    with Lease.acquire(storage, trained.run_prefix) as lease, pytest.raises(UserError) as caught:
+        pipeline._stage("capture", trained, storage, lease.token, threading.Event(), "train")
+    assert f"{gone} of {len(units)} target objects missing" in str(caught.value)
+    assert f"{gone} of the run's units are of withdrawn sources" in str(caught.value)
+    assert "give a new --version" in str(caught.value)
 
 
 def test_killed_at_any_write_nothing_is_captured_again_and_the_same_command_ends_it(
