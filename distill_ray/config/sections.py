@@ -270,6 +270,10 @@ class EvaluateSection(Section):
     """What a bound against the latest version does where the two were not scored on the same held-out sequences and
     teacher: `warn`: it is not judged, and the report says so; `fail`: it counts as missed."""
 
+    drift_warn: Placement[float | None] = Field(default=None, ge=0)
+    """Warn where the held-out tokens' frequencies are further than this from the latest version's, in nats of
+    Jensen–Shannon divergence, 0 to 0.69; compare it with the report's `held_out_token_js_by_chance`. None: never."""
+
     @field_validator("require", mode="before")
     @classmethod
     def _dotted(cls, value: object) -> object:

@@ -12,8 +12,12 @@ import numpy as np
 from distill_ray import report as reports
 from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import IntegrityError
+from distill_ray.lease import read_document, read_published
 from distill_ray.registry import read_latest
 from distill_ray.storage import Storage
+
+HELD_OUT_TOKENS = "held_out_tokens"
+"""Field of the published report that names its sketch."""
 
 if TYPE_CHECKING:
     from distill_ray.ingest import BatchPlan
@@ -80,6 +84,34 @@ def baseline(recipe: Recipe, storage: Storage, own: Mapping[str, Any] | None) ->
         return reports.Baseline(version, reports.read_report(storage, f"runs/{recipe.name}/{version}"))
     except IntegrityError as error:
         return reports.Baseline(version, None, str(error))
+
+
+def drift(
+    recipe: Recipe, storage: Storage, sketch: reports.HeldOutSketch | None, against: reports.Baseline | None
+) -> dict[str, Any] | None:
+    """How far the held-out text is from that of the version `against`; None before the second run."""
+    if sketch is None or against is None:
+        return None
+    then = _sketch_of(recipe, storage, against)
+    if isinstance(then, str):
+        found = reports.unknown_drift(against.version, then)
+    else:
+        found = reports.corpus_drift(sketch, then, against.version)
+    return found | {"warning": reports.drift_warning({"drift": found}, recipe.evaluate.drift_warn)}
+
+
+def _sketch_of(recipe: Recipe, storage: Storage, against: reports.Baseline) -> reports.HeldOutSketch | str:
+    """The sketch of a version, or why there is none."""
+    if against.report is None:
+        return against.problem
+    entry = read_published(storage, f"runs/{recipe.name}/{against.version}").get("report", {}).get(HELD_OUT_TOKENS)
+    if entry is None:
+        return "an older version of the software kept none"
+    try:
+        data = read_document(storage, entry, "the version after this one has a sketch to compare with again")
+        return reports.HeldOutSketch.from_bytes(data, str(entry["key"]))
+    except IntegrityError as error:
+        return str(error)
 
 
 def token_counts(

@@ -12,8 +12,10 @@ from distill_ray import report as reports
 from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.evaluate.figures import (
+    HELD_OUT_TOKENS,
     audit_figures,
     baseline,
+    drift,
     holdout,
     rates,
     recipe_fields,
@@ -24,7 +26,7 @@ from distill_ray.evaluate.figures import (
 )
 from distill_ray.evaluate.scoring import ScoringJob, score_remotely
 from distill_ray.ingest import BatchPlan, build_plan
-from distill_ray.lease import LeaseToken, read_document, read_published
+from distill_ray.lease import LeaseToken, document_entry, put_owned, read_document, read_published
 from distill_ray.storage import Storage
 from distill_ray.telemetry import Progress
 
@@ -88,6 +90,7 @@ def run(
     with progress("evaluate", 2 * plan.steps, "batches") as shown:
         evaluation = score_remotely(job, shown, stop or threading.Event())
     seconds = {**(timings or {}), "evaluate": round(time.monotonic() - started, 3)}
+    against = baseline(recipe, storage, _own_report(recipe, storage))
     report = reports.build_report(
         evaluation,
         recipe=recipe_fields(recipe, manifest),
@@ -99,10 +102,20 @@ def run(
         require=recipe.evaluate.bounds(),
         audit=audit_figures(published),
         holdout=holdout(recipe, manifest, plan),
-        baseline=baseline(recipe, storage, _own_report(recipe, storage)),
+        baseline=against,
+        drift=drift(recipe, storage, evaluation.sketch, against),
     )
-    _publish(recipe, storage, token, report, history)
+    _publish(recipe, storage, token, report, history, _store_sketch(storage, token, evaluation.sketch))
     return report
+
+
+def _store_sketch(storage: Storage, token: LeaseToken, sketch: reports.HeldOutSketch | None) -> dict[str, Any] | None:
+    """Write `<run>/held-out-tokens.parquet`; returns its entry."""
+    if sketch is None:
+        return None
+    key, data = f"{token.run_prefix}/held-out-tokens.parquet", sketch.to_bytes()
+    put_owned(storage, token, key, data)
+    return document_entry(key, data)
 
 
 def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -116,6 +129,8 @@ def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str 
         return "other settings of [evaluate]"
     if entry["require"] != recipe.evaluate.bounds():
         return "other bounds of evaluate.require"
+    if entry.get("drift_warn") != recipe.evaluate.drift_warn:
+        return "another evaluate.drift_warn"
     return None
 
 
@@ -128,7 +143,8 @@ def only_bounds_changed(recipe: Recipe, storage: Storage, published: Mapping[str
         reports.read_report(storage, recipe.run_prefix)
     except IntegrityError:
         return False
-    same = {**published, "report": {**entry, "require": recipe.evaluate.bounds()}}
+    section = recipe.evaluate
+    same = {**published, "report": {**entry, "require": section.bounds(), "drift_warn": section.drift_warn}}
     return outdated(recipe, same) is None
 
 
@@ -138,15 +154,26 @@ def rejudge(recipe: Recipe, storage: Storage, token: LeaseToken) -> None:
     against = baseline(recipe, storage, report)
     report["baseline"] = None if against is None else {"version": against.version}
     report["gate"] = reports.judge(report, recipe.evaluate.bounds(), against)
-    student = read_published(storage, recipe.run_prefix)["student"]
-    _publish(recipe, storage, token, report, _history(storage, student))
+    if report["drift"] is not None:
+        report["drift"]["warning"] = reports.drift_warning(report, recipe.evaluate.drift_warn)
+    published = read_published(storage, recipe.run_prefix)
+    sketch = published["report"].get(HELD_OUT_TOKENS)
+    _publish(recipe, storage, token, report, _history(storage, published["student"]), sketch)
 
 
 def _publish(
-    recipe: Recipe, storage: Storage, token: LeaseToken, report: dict[str, Any], history: list[dict[str, float]]
+    recipe: Recipe,
+    storage: Storage,
+    token: LeaseToken,
+    report: dict[str, Any],
+    history: list[dict[str, float]],
+    sketch: Mapping[str, Any] | None,
 ) -> None:
     section = recipe.evaluate
-    reports.write_report(storage, token, report, history, settings=identity_of(section), require=section.bounds())
+    links = {"drift_warn": section.drift_warn, HELD_OUT_TOKENS: sketch}
+    reports.write_report(
+        storage, token, report, history, settings=identity_of(section), require=section.bounds(), links=links
+    )
 
 
 def _own_report(recipe: Recipe, storage: Storage) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill_ray.errors import IntegrityError
+from distill_ray.report.drift import DEFINITIONS as DRIFT_DEFINITIONS
+from distill_ray.report.drift import HeldOutSketch
 from distill_ray.report.gate import Baseline, judge
 from distill_ray.report.metrics import DEFINITIONS, KeptMassHistogram, MetricSums
 
@@ -78,6 +80,8 @@ class Evaluation:
     kept_mass: KeptMassHistogram
     tokens_per_s: float
     """Tokens by seconds of the student's forward passes, loading excluded."""
+    sketch: HeldOutSketch | None = None
+    """What the next run measures drift against."""
 
 
 def build_report(
@@ -93,6 +97,7 @@ def build_report(
     audit: Mapping[str, Any] | None = None,
     holdout: Mapping[str, Any] | None = None,
     baseline: Baseline | None = None,
+    drift: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as plain JSON values.
 
@@ -104,6 +109,7 @@ def build_report(
 
         holdout: `fingerprint` and number of the held-out `sequences`.
         baseline: the version that relative bounds compare with; None before the first one.
+        drift: of the corpus, as `corpus_drift` gives it; None before the second run.
 
     Raises:
         UserError: a metric is not finite, or a bound names an unknown metric.
@@ -124,7 +130,8 @@ def build_report(
         "kept_mass": evaluation.kept_mass.to_json(),
         "holdout": dict(holdout or {}),
         "baseline": None if baseline is None else {"version": baseline.version},
-        "definitions": DEFINITIONS,
+        "drift": None if drift is None else dict(drift),
+        "definitions": DEFINITIONS | DRIFT_DEFINITIONS,
     }
     return report | {"gate": judge(report, require, baseline)}
 

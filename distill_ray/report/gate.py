@@ -87,8 +87,9 @@ def _figure(report: Mapping[str, Any], key: str) -> float | None:
 
 
 def _absent(key: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    if key.startswith("drift.") and report.get("drift") is None:
-        return {"passed": None, "note": "there is no earlier run to compare the corpus with"}
+    if key.startswith("drift."):
+        found = report.get("drift") or {"note": "there is no earlier run to compare the corpus with"}
+        return {"passed": None, "note": found["note"]}
     return {"passed": False, "note": "it was not measured in this run"}
 
 

@@ -51,6 +51,8 @@ def render_html(report: dict[str, Any], history: list[dict[str, float]]) -> str:
         _cost_table(report),
         "<h2>Audit of the targets before training</h2>",
         _audit(report.get("audit")),
+        "<h2>Drift of the corpus</h2>",
+        _drift(report.get("drift")),
         "<h2>Identity</h2>",
         _table(((key, value) for key, value in identity.items()), value_class="hash"),
         "<h2>How the figures are defined</h2>",
@@ -151,6 +153,20 @@ def _audit(audit: dict[str, Any] | None) -> str:
         ("Allowed", f"{tolerance['logprob']:g} nats, {tolerance['row_mass']:g} of a row's probability mass"),
     ]
     return _table(rows)
+
+
+def _drift(drift: dict[str, Any] | None) -> str:
+    if drift is None:
+        return '<p class="soft">There is no earlier run to compare the corpus with.</p>'
+    js, chance, delta = (drift[f"held_out_{name}"] for name in ("token_js", "token_js_by_chance", "entropy_delta"))
+    rows = [("Compared with", drift["against"])]
+    if js is not None:
+        rows.append(("Token frequencies of held-out text, divergence", f"{js:.4f} nats ({chance:.4f} would be chance)"))
+    if delta is not None:
+        rows.append(("Teacher's entropy on held-out text, change", f"{delta:+.4f} nats"))
+    note = f'<p class="soft">{escape(drift["note"])}.</p>' if drift["note"] else ""
+    warning = drift.get("warning")
+    return _table(rows) + note + (f'<p class="bad">{escape(warning)}.</p>' if warning else "")
 
 
 def _table(rows: Iterable[tuple[str, Any]], value_class: str = "") -> str:
