@@ -183,7 +183,7 @@ def _result(recipe: Recipe, storage: Storage, *, exported: bool) -> RunResult:
     passed = not failures(report["gate"])
     notes = [_new_units(recipe, storage, published)]
     notes += [f"not judged: {each}" for each in unjudged(report["gate"])]
-    notes.append((report["drift"] or {}).get("warning", ""))
+    notes.append((report.get("drift") or {}).get("warning", ""))
     if exported and passed:
         notes.append(published[export.LATEST]["reason"])
     return RunResult(
