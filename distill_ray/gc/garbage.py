@@ -8,6 +8,7 @@ what is gone. A folder's manifest goes first, so that what a kill leaves of it i
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from distill_ray.gc.references import References, read_runs
 from distill_ray.storage import ObjectInfo, Storage
 from distill_ray.units import HASH, in_sorted, texts
 
-KINDS = ("target objects", "checkpoints", "students", "exports", "runs without a record")
+KINDS = ("target objects", "checkpoints", "students", "exports", "runs without a record", "half-written objects")
 _UNIT = re.compile(r"targets/([0-9a-f]{32})/([0-9a-f]{32})\.parquet")
 _FOLDERS = (
     ("checkpoints", re.compile(r"runs/[^/]+/[^/]+/checkpoints/[^/]+/e\d+")),
@@ -30,6 +31,8 @@ _RUN = re.compile(r"runs/[^/]+/[^/]+(?=/)")
 _BATCH = 10_000
 """Units removed between two looks at who works."""
 _AT_ONCE = 8
+_LONGEST_WRITE_S = 86400.0
+"""What is being written now is younger than this, whatever `--days` says."""
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Garbage:
     unit_bytes: int
     folders: dict[str, Folder]
     """Prefix → what lies there."""
+    half_written: tuple[ObjectInfo, ...]
     notes: tuple[str, ...]
     """What stays although nobody may refer to it, and why."""
 
@@ -67,6 +71,7 @@ class Garbage:
         for folder in self.folders.values():
             found[folder.kind][0] += 1
             found[folder.kind][1] += folder.bytes
+        found["half-written objects"] = [len(self.half_written), sum(info.size for info in self.half_written)]
         return {kind: (n, size) for kind, (n, size) in found.items()}
 
     def render(self) -> str:
@@ -92,7 +97,9 @@ def collect(storage: Storage, *, older_than: float) -> Garbage:
         for info in storage.list(root):
             _sort(info, references, folders)
     old = {prefix: each for prefix, each in folders.items() if each.newest < older_than}
-    return Garbage(units, unit_bytes, old, tuple(references.notes))
+    before = min(older_than, time.time() - _LONGEST_WRITE_S)
+    half_written = tuple(info for info in storage.half_written() if info.modified < before)
+    return Garbage(units, unit_bytes, old, half_written, tuple(references.notes))
 
 
 def _units(storage: Storage, references: References, older_than: float) -> tuple[dict[str, np.ndarray], int]:
@@ -154,6 +161,9 @@ def remove(storage: Storage, garbage: Garbage, shown: Callable[[int], None] = la
         for key in manifests_first:
             storage.delete(key)
         shown(len(folder.keys))
+    for info in garbage.half_written:
+        storage.discard(info)
+        shown(1)
 
 
 def remove_units(

@@ -100,6 +100,7 @@ def test_what_nobody_refers_to_goes_and_all_else_stays(storage: Storage, recipe:
         "students": 1,
         "exports": 1,
         "runs without a record": 1,
+        "half-written objects": 0,
     }
     assert garbage.counts()["exports"] == (1, len(b"weights") + 2)
     assert _keys(storage) == before, "looking removes nothing"
@@ -246,6 +247,37 @@ def test_a_run_that_somebody_works_on_keeps_its_capture_and_folders(
         assert not any("/v2/" in f"{prefix}/" for prefix in garbage.folders)
         assert said or "a driver has just begun" in garbage.render()
     assert set(_collect(storage).units) == {OF.fingerprint, OTHER.fingerprint}
+
+
+def test_what_a_killed_write_left_goes_once_it_is_a_day_old(storage: Storage, litter: tuple[Units, Units]):
+    folder = Path(storage.uri, "targets", OF.fingerprint)
+    old, young = folder / ".tmp-old", folder / ".tmp-young"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    then = time.time() - 2 * DAY
+    os.utime(old, (then, then))
+    assert _collect(storage).counts()["half-written objects"] == (0, 0)
+    garbage = _collect(storage, 0)
+    assert garbage.counts()["half-written objects"] == (1, 4)
+    gc.remove(storage, garbage)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_an_upload_that_never_ended_is_found_and_discarded_on_s3(s3_uri: str):
+    from distill_ray.storage.s3 import S3Storage
+
+    storage = S3Storage(f"{s3_uri}/root")
+    storage.put("whole", b"whole")
+    client, name = storage._client, storage._name("runs/a/b/half")
+    upload = client.create_multipart_upload(Bucket=storage._bucket, Key=name)["UploadId"]
+    client.upload_part(Bucket=storage._bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"half")
+    (info,) = storage.half_written()
+    assert (info.key, info.size) == ("runs/a/b/half", 4)
+    assert abs(info.modified - time.time()) < 600
+    for _ in range(2):
+        storage.discard(info)
+    assert list(storage.half_written()) == []
+    assert _keys(storage) == {"whole"}
 
 
 def test_a_driver_that_began_since_the_look_keeps_what_it_may_use(storage: Storage, litter: tuple[Units, Units]):
