@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test test-kill test-mutants test-quickstart test-slow check format clean
+.PHONY: quickstart test test-kill test-long test-mutants test-quickstart test-slow check format clean
 
 quickstart: .venv/ready .quickstart/ready
 	$(BIN)/python jobs/quickstart.py
@@ -14,6 +14,9 @@ test: .venv/ready .test-assets/ready
 
 test-kill: .venv/ready .test-assets/ready
 	$(BIN)/pytest -m kill
+
+test-long: .venv/ready .test-assets/ready
+	$(BIN)/pytest -m long
 
 test-mutants: .venv/ready .test-assets/ready
 	$(BIN)/pytest -m mutants

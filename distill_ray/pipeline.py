@@ -202,7 +202,12 @@ def _new_units(recipe: Recipe, storage: Storage, published: dict[str, dict[str, 
         tokenizer = corpus.load_tokenizer(
             stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
         )
-        units = corpus.plan_units(recipe.corpus, corpus.tokenizer_identity(tokenizer), storage)
+        units = corpus.plan_units(
+            recipe.corpus,
+            corpus.tokenizer_identity(tokenizer),
+            storage,
+            prompts=recipe.capture.generate is not None,
+        )
     except DistillError as error:
         return f"could not look for new corpus units: {error}"  # what is finished needs no corpus
     new = int((~in_sorted(manifest.units.hashes, units.hashes)).sum())

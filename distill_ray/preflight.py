@@ -14,7 +14,7 @@ from distill_ray.model_config import ModelShape, model_shape
 from distill_ray.report import check_require
 from distill_ray.session import cluster_address, private_cpus, ray_session
 from distill_ray.storage import WEIGHT_FILES, check_access, glob_sources, is_weights, open_storage, stage_folder
-from distill_ray.teacher import resolve_dtype
+from distill_ray.teacher import resolve_dtype, writing_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
     if not total:
         raise UserError(f"the corpus is empty: {len(sources)} source(s), 0 bytes; add text to corpus.sources")
     corpus.check_unit_bytes(recipe.corpus, recipe.capture.top_k, recipe.capture.draws)
-    opened = corpus.probe_sources(recipe.corpus, sources)
+    opened = corpus.probe_sources(recipe.corpus, sources, recipe.capture.generate is not None)
     findings.append(Finding("corpus", f"{len(sources)} source(s), {total:,} bytes; {len(opened)} looked into"))
     findings += _models(recipe)
     findings.append(_hardware(recipe, address))
@@ -65,9 +65,14 @@ def _batches(recipe: Recipe) -> Finding:
             f"which {train.workers.max} worker(s) × micro_batch_packs={train.micro_batch_packs} do not divide: some "
             f"would idle; use a multiple of {at_once * train.pack_tokens} tokens or other workers"
         )
-    return Finding(
-        "batches", f"{packs} packs a step, {packs // at_once} micro-batch(es) on each of {train.workers.max}"
-    )
+    fact = f"{packs} packs a step, {packs // at_once} micro-batch(es) on each of {train.workers.max}"
+    if train.workers.min < train.workers.max:
+        # Every worker has as many packs as the one with most; the rest are empty.
+        idle = {n: 1 - packs / (n * -(-packs // n)) for n in range(train.workers.min, train.workers.max + 1)}
+        worst = max(idle, key=lambda n: idle[n])
+        fact += f"; with {train.workers.min} to {train.workers.max} workers at most {idle[worst]:.0%} of them idle"
+        fact += f", with {worst}" if idle[worst] else ""
+    return Finding("batches", fact)
 
 
 def _installed(recipe: Recipe) -> Finding:
@@ -89,6 +94,7 @@ def _models(recipe: Recipe) -> list[Finding]:
     shape = model_shape(teacher_folder, recipe.teacher.trust_remote_code)
     _teacher_shape(recipe, shape)
     dtype = resolve_dtype(recipe.teacher, teacher_folder).dtype
+    writing_of(recipe.capture, teacher_folder, recipe.teacher.trust_remote_code)
     tokenizer = corpus.load_tokenizer(teacher_folder, recipe.teacher.trust_remote_code)
     if recipe.corpus.format == "messages" and not tokenizer.chat_template:
         raise UserError(
@@ -162,6 +168,13 @@ def _student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
             f"the student {origin} has a vocabulary of {shape.vocab_size:,} rows, the teacher's tokenizer "
             f"{len(tokenizer):,} entries; a student needs the teacher's tokenizer: choose one of the same family"
         )
+    if recipe.loss.needs_draws and shape.vocab_size < teacher.vocab_size:
+        # Rows beyond the tokenizer are of small probability each, and over a corpus one of them is drawn.
+        raise UserError(
+            f'loss.objective = "{recipe.loss.objective}" trains on tokens drawn from all {teacher.vocab_size:,} rows '
+            f"of the teacher, and the student {origin} has {shape.vocab_size:,}: the first draw beyond them would end "
+            'the training; choose a student with as many rows, or objective = "bucket"'
+        )
     if student.model is not None:
         corpus.same_tokenizer(tokenizer, corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code))
     return Finding("student", f"{shape.layers} layers, vocabulary {shape.vocab_size:,}")
@@ -169,7 +182,10 @@ def _student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
 
 def _hardware(recipe: Recipe, address: str | None) -> Finding:
     need = recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel if recipe.teacher.use_gpu else 0
-    train = recipe.train.workers.max if recipe.train.use_gpu else 0
+    workers = recipe.train.workers
+    # An elastic group starts with what there is.
+    name, least = ("min", workers.min) if workers.min < workers.max else ("max", workers.max)
+    train = least if recipe.train.use_gpu else 0
     where = cluster_address(address)
     if where is None and not need and not train:
         return Finding("hardware", f"CPU only, as the recipe says; {os.cpu_count()} CPU(s) here")
@@ -183,13 +199,13 @@ def _hardware(recipe: Recipe, address: str | None) -> Finding:
         )
     if sum(have) < train:
         raise UserError(
-            f"train.workers.max={train} needs as many GPUs; {sum(have)} found; lower it, give --address of a cluster, "
-            "or set train.use_gpu = false"
+            f"train.workers.{name}={train} needs as many GPUs; {sum(have)} found; lower it, give --address of a "
+            "cluster, or set train.use_gpu = false"
         )
     cpus = sum(cpus for cpus, _ in nodes)
-    if cpus < recipe.train.workers.max:
+    if cpus < least:
         raise UserError(
-            f"train.workers.max={recipe.train.workers.max} needs as many CPUs, one for each worker; the cluster at "
+            f"train.workers.{name}={least} needs as many CPUs, one for each worker; the cluster at "
             f"{where} has {cpus} on {len(nodes)} node(s); lower it or add nodes"
         )
     return Finding("hardware", f"{sum(have)} GPU(s) and {cpus} CPU(s) on {len(nodes)} node(s)")

@@ -56,6 +56,12 @@ class Sequence:
     """[n] bool; True where the token is supervised. Entry 0 is always False: nothing predicts token 0."""
     doc_key: int
     """64-bit hash of the source document's content; decides the held-out split."""
+    finish: str | None = None
+    """Why a completion that the teacher wrote ended, one of `FINISHES`; None where the corpus gave the tokens."""
+
+
+FINISHES = ("stop", "length")
+"""A completion ends by an end token or a stop text, or because it is as long as allowed."""
 
 
 UNKNOWN_RECORD = -1
@@ -156,6 +162,8 @@ class UnitSummary:
     """Whether its rows hold the teacher's entropy; None where the index does not say."""
     distinct_draws: int = 0
     """Sum over rows of the distinct tokens drawn; 0 where the capture keeps none."""
+    unfinished: int = 0
+    """Completions that ended because they were as long as allowed; 0 where the teacher wrote none."""
 
     @property
     def rows(self) -> int:

@@ -44,6 +44,13 @@ MUTANTS = (
         UNIT + "test_ingest_loader.py::test_row_t_stands_for_token_t_plus_one",
     ),
     Mutant(
+        "the prompt of a completion is supervised",
+        "distill_ray/capture/stages.py",
+        "np.arange(len(answer.tokens)) >= len(prompt.tokens)",
+        "np.arange(len(answer.tokens)) >= 1",
+        UNIT + "test_generate.py::test_completions_alone_are_supervised_and_keep_why_they_ended",
+    ),
+    Mutant(
         "the extra entry of a vLLM row is kept",
         "distill_ray/teacher/flat.py",
         "_rank_order(ids[:, 1:], values[:, 1:])",

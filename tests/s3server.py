@@ -80,6 +80,17 @@ class S3Server:
             self._process.wait()
             self._process = None
 
+    @property
+    def pid(self) -> int:
+        """Of the running server.
+
+        Raises:
+            RuntimeError: it is not running.
+        """
+        if self._process is None:
+            raise RuntimeError("the S3 server is not running")
+        return self._process.pid
+
     def client(self):
         """A boto3 client that needs no environment."""
         import boto3

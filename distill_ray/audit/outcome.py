@@ -56,6 +56,9 @@ def limits(manifest: RunManifest, engine: str, tolerance: Tolerance) -> Iterator
     """What this audit cannot see, one sentence each."""
     if missing := _not_compared(manifest, engine):
         yield f"not compared, {PATHS[engine]} does not give it: {', '.join(missing)}"
+    if manifest.identity.draws:
+        fell = "" if manifest.identity.draws_from == "tail" else " and, over a whole unit, to how many fell in the tail"
+        yield f"drawn tokens are held to their log-probabilities{fell}; which of several alike were drawn does not show"
     if not tolerance.judges_every_number:
         yield (
             f"the teacher computes in {manifest.identity.teacher['dtype']}: log-probabilities are held to "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_ray import corpus, teacher
 from distill_ray.audit.tolerance import Tolerance
@@ -13,8 +13,12 @@ from distill_ray.audit.unit import Found, SequenceFigures, check_unit, open_scor
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.schema import Unit
+from distill_ray.session import died, is_death, note_full
 from distill_ray.storage import Storage, stage_folder
 from distill_ray.targets import CaptureIdentity
+
+if TYPE_CHECKING:
+    from ray.exceptions import RayError
 
 _POLL_S = 0.2
 _RESTARTS = 1
@@ -41,7 +45,7 @@ class Auditor:
         """`check_unit`."""
         if self._refused is not None:
             raise self._refused
-        return check_unit(self._storage, self._identity, self._recipe.corpus, self._tokenizer, unit, object_sha256)
+        return check_unit(self._storage, self._identity, self._recipe, self._tokenizer, unit, object_sha256)
 
     def score(self, unit: str, sequences: tuple[int, ...]) -> SequenceFigures:
         """`score_again`."""
@@ -62,7 +66,7 @@ class RemoteAuditor:
 
     def _answer(self, reference: Any) -> Any:
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         while not ray.wait([reference], timeout=_POLL_S)[0]:
             if self._stop.is_set():
@@ -74,11 +78,23 @@ class RemoteAuditor:
             if isinstance(error.cause, DistillError):
                 raise error.cause from error
             raise
-        except RayActorError as error:
-            raise DistillError(
-                f"the teacher's process died {_RESTARTS + 1} times during the audit ({error}); run the command again, "
-                "or audit with the other engine ([audit] engine)"
-            ) from error
+        except RayError as error:
+            raise _own_error(error) from error
+
+
+def _own_error(error: RayError) -> BaseException:
+    """What the user is told of a teacher that Ray lost or could not start; the error itself where it is neither."""
+    from ray.exceptions import RayActorError
+
+    if is_death(error):
+        return died(
+            f"the teacher's process died {_RESTARTS + 1} times during the audit, which may go by the other engine "
+            "([audit] engine)",
+            error,
+        )
+    if isinstance(error, RayActorError):
+        return DistillError(f"the audit's teacher could not be started. {error}")
+    return error
 
 
 @contextmanager
@@ -89,10 +105,15 @@ def remote_auditor(
     engine: str,
     tolerance: Tolerance,
     stop: threading.Event,
+    note: Callable[[str], None],
 ) -> Iterator[RemoteAuditor]:
-    """An actor with the resources of a capture's teacher, gone at the end. Ray must be initialised."""
+    """An actor with the resources of a capture's teacher, gone at the end. Ray must be initialised.
+
+    `note` is told where the cluster has no room for it.
+    """
     import ray
 
+    note_full("the audit's teacher", teacher.needed_resources(recipe.teacher), note, stop)
     remote: Any = ray.remote(Auditor).options(
         max_restarts=_RESTARTS, max_task_retries=_RESTARTS, **teacher.actor_resources(recipe.teacher)
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_ray.audit.columns import column_checks
+from distill_ray.audit.drawn import draw_checks
 from distill_ray.audit.pair import Check, Difference, Pair, anywhere, look_up, span
 from distill_ray.audit.tolerance import Tolerance
 from distill_ray.codec import unrounded, unrounded_log
@@ -64,7 +65,7 @@ def compare_rows(
     pair = Pair(stored, decoded, bounds, again, identity.vocab_size, tolerance.logprob, value_NK, found_NK, kept_NR)
     beyond_N = _beyond(pair)
     moved_N = _moved_mass(pair)
-    checks = [*_id_checks(pair), *_value_checks(pair), *column_checks(pair), _decoding_check(pair)]
+    checks = [*_id_checks(pair), *_value_checks(pair), *column_checks(pair), *draw_checks(pair), _decoding_check(pair)]
     checks.append(
         Check(
             ~(moved_N <= tolerance.row_mass),

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
+from heapq import nsmallest
+
+import pyarrow.compute as pc
 
 from distill_ray.errors import UserError
 from distill_ray.targets import ManifestUnit, RunManifest
+from distill_ray.units import texts
+
+_AT_ONCE = 10_000
+"""Hashes made into strings at a time."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,11 @@ def choose(manifest: RunManifest, seed: str, sequences: int) -> list[UnitSample]
         seed: what makes another choice; the manifest's SHA-256, so that every week looks elsewhere.
         sequences: how many.
     """
-    units = [u for u in manifest.units if len(u.lengths)]
-    units.sort(key=lambda u: _rank(seed, u.unit))
-    left = min(sequences, sum(len(u.lengths) for u in units))
+    counts_U = pc.call_function("list_value_length", [manifest.units.table["lengths"]]).to_numpy()
+    # Objects only of units that get a sequence: a manifest may name millions.
+    ranked = ((_rank(seed, name), at) for at, name in _names(manifest) if counts_U[at])
+    units = [manifest.units[at] for _, at in nsmallest(sequences, ranked)]
+    left = min(sequences, int(counts_U.sum()))
     counts = [0] * len(units)
     while left:
         for i, unit in enumerate(units):
@@ -38,9 +48,8 @@ def choose(manifest: RunManifest, seed: str, sequences: int) -> list[UnitSample]
                 left -= 1
     found = []
     for unit, count in zip(units, counts, strict=True):
-        if count:
-            places = sorted(range(len(unit.lengths)), key=lambda i, u=unit: _rank(seed, u.unit, i))
-            found.append(UnitSample(unit, tuple(sorted(places[:count]))))
+        places = sorted(range(len(unit.lengths)), key=lambda i, u=unit: _rank(seed, u.unit, i))
+        found.append(UnitSample(unit, tuple(sorted(places[:count]))))
     return found
 
 
@@ -50,14 +59,23 @@ def whole(manifest: RunManifest, units: Listing[str]) -> list[UnitSample]:
     Raises:
         UserError: the run uses no such unit.
     """
-    known = {u.unit: u for u in manifest.units}
-    unknown = [u for u in units if u not in known]
+    wanted = dict.fromkeys(units)
+    place = {name: at for at, name in _names(manifest) if name in wanted}
+    unknown = [name for name in wanted if name not in place]
     if unknown:
         raise UserError(
-            f"audit.units: the run uses no unit {', '.join(unknown)}; its {len(known)} units are the names of the "
-            f"objects under targets/{manifest.fingerprint}, one: {min(known)}"
+            f"audit.units: the run uses no unit {', '.join(unknown)}; its {len(manifest.units)} units are the names of "
+            f"the objects under targets/{manifest.fingerprint}, one: {manifest.units[0].unit}"
         )
-    return [UnitSample(known[u], tuple(range(len(known[u].lengths)))) for u in dict.fromkeys(units)]
+    found = [manifest.units[place[name]] for name in wanted]
+    return [UnitSample(unit, tuple(range(len(unit.lengths)))) for unit in found]
+
+
+def _names(manifest: RunManifest) -> Iterator[tuple[int, str]]:
+    """Place and hash of every unit."""
+    hashes = manifest.units.hashes
+    for start in range(0, len(hashes), _AT_ONCE):
+        yield from enumerate(texts(hashes[start : start + _AT_ONCE]), start)
 
 
 def _rank(*parts: object) -> bytes:

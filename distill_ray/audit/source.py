@@ -5,6 +5,8 @@ None of it needs the teacher, so it covers every sequence of a sampled unit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from distill_ray.audit.pair import Difference
@@ -12,33 +14,52 @@ from distill_ray.codec import unrounded, unrounded_log
 from distill_ray.schema import UNKNOWN_RECORD, Sequence
 from distill_ray.targets import CaptureIdentity, StoredSequence, UnitTargets, decode_rows
 
+Compare = Callable[[StoredSequence, Sequence], Difference | None]
+
 _AGREES = 2e-3
 """Nats that two statements of one log-probability may lie apart beyond their rounding; writing allows half of it."""
 
 
-def compare_source(stored: UnitTargets, corpus: list[Sequence]) -> tuple[int, Difference] | None:
+def compare_source(
+    stored: UnitTargets, corpus: list[Sequence], compare: Compare | None = None
+) -> tuple[int, Difference] | None:
     """The first stored sequence that is not the corpus's, and where; None where all of them are.
 
     Args:
         stored: a unit's object.
         corpus: all sequences of that unit's source, in its order. Those that the teacher refused are not stored: as
             many as the object has dead letters of that kind may be passed over.
+        compare: one of them with the corpus's; `compare_sequence`, or `compare_completion` with the prompts asked.
     """
+    compare = compare or compare_sequence
     refused = sum(letter.record == UNKNOWN_RECORD for letter in stored.dead)
     if len(corpus) != len(stored) + refused:
         what = f"{len(stored)} sequences are stored and {refused} were refused, the corpus gives {len(corpus)}"
         return min(len(stored), len(corpus)), Difference(0, what)
     passed = 0
     for i in range(len(stored)):
-        found = compare_sequence(stored.sequence(i), corpus[i + passed])
+        found = compare(stored.sequence(i), corpus[i + passed])
         at = passed
         while found is not None and at < refused:
             at += 1
-            if compare_sequence(stored.sequence(i), corpus[i + at]) is None:
+            if compare(stored.sequence(i), corpus[i + at]) is None:
                 found, passed = None, at
         if found is not None:
             return i, found
     return None
+
+
+def compare_completion(stored: StoredSequence, prompt: Sequence) -> Difference | None:
+    """The first token at which a stored sequence is not this prompt with a completion, which alone is supervised.
+
+    What the teacher wrote stands in no corpus; that its rows are of these very tokens, scoring again shows.
+    """
+    n = len(prompt.tokens)
+    if len(stored.tokens) <= n:
+        return Difference(len(stored.tokens), f"{len(stored.tokens)} tokens are stored, the prompt alone has {n}")
+    written = np.arange(len(stored.tokens)) >= n
+    tokens = np.where(written, stored.tokens, np.resize(prompt.tokens, len(written)))
+    return compare_sequence(stored, Sequence(tokens, written, prompt.doc_key))
 
 
 def compare_sequence(stored: StoredSequence, corpus: Sequence) -> Difference | None:

@@ -11,12 +11,12 @@ import numpy as np
 
 from distill_ray import corpus, targets, teacher
 from distill_ray.audit.dense import rows_from_dense
+from distill_ray.audit.drawn import check_draws_fall
 from distill_ray.audit.pair import Difference
 from distill_ray.audit.rows import compare_rows
-from distill_ray.audit.source import check_alignment, compare_source
+from distill_ray.audit.source import check_alignment, compare_completion, compare_source
 from distill_ray.audit.tolerance import Tolerance
 from distill_ray.config import Recipe
-from distill_ray.config.sections import CorpusSection
 from distill_ray.schema import TargetRows, Unit
 from distill_ray.storage import Storage
 from distill_ray.targets import CaptureIdentity
@@ -64,8 +64,10 @@ def open_scorer(recipe: Recipe, identity: CaptureIdentity, engine: str) -> Score
     """
     kept = min(identity.vocab_size, max(2 * identity.top_k, identity.top_k + _MORE_RANKS))
     section = recipe.teacher.model_copy(update={"engine": engine})
-    # model_copy validates nothing: R may exceed what a recipe may store.
-    capture = recipe.capture.model_copy(update={"top_k": kept, "temperatures": (1.0,)})
+    # model_copy validates nothing: R may exceed what a recipe may store. Nothing is drawn again: the public path
+    # cannot, and a stored draw is judged by its log-probability.
+    scored = {"mode": "score", "generate": None, "draws": 0, "draws_from": "all", "draws_temperature": 1.0}
+    capture = recipe.capture.model_copy(update={"top_k": kept, "temperatures": (1.0,), **scored})
     opened = teacher.open_engine(section, capture, recipe.corpus.window_tokens, path="flat")
     if engine == "transformers":
         return partial(_score_densely, cast("DenseEngine", opened), kept, identity.extra_temperatures)
@@ -82,17 +84,17 @@ def _score_densely(
 def check_unit(
     storage: Storage,
     identity: CaptureIdentity,
-    section: CorpusSection,
+    recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     unit: Unit,
     object_sha256: str,
 ) -> Found | None:
-    """Compare all sequences of a unit with its source, tokenised again, and their rows with their own tokens.
+    """Compare all sequences of a unit with its source, tokenised again, and their rows with their own tokens and draws.
 
     Args:
         storage: where the object lies.
         identity: of the capture.
-        section: the recipe's [corpus].
+        recipe: of the run.
         tokenizer: the teacher's.
         unit: as the corpus is planned now: it says where the source lies.
         object_sha256: of the object, as the run's manifest has it.
@@ -102,11 +104,18 @@ def check_unit(
         UserError: the source is gone or changed since it was planned.
     """
     stored = targets.read_unit(storage, identity, unit.hash, expect_sha256=object_sha256)
-    sequences, _ = corpus.read_unit_sequences(unit, section, tokenizer)
-    if (found := compare_source(stored, sequences)) is not None:
+    if recipe.capture.generate is None:
+        sequences, _ = corpus.read_unit_sequences(unit, recipe.corpus, tokenizer)
+        found = compare_source(stored, sequences)
+    else:
+        prompts, _ = corpus.read_unit_prompts(unit, recipe.corpus, recipe.capture.generate, tokenizer)
+        asked = [prompt for prompt in prompts for _ in range(recipe.capture.generate.samples)]
+        found = compare_source(stored, asked, compare_completion)
+    if found is not None:
         return found
     misaligned = ((i, check_alignment(identity, stored.sequence(i))) for i in range(len(stored)))
-    return next(((i, different) for i, different in misaligned if different is not None), None)
+    found = next(((i, different) for i, different in misaligned if different is not None), None)
+    return found or check_draws_fall(identity, stored)
 
 
 def score_again(

@@ -110,7 +110,7 @@ def _compare(
 
     units = _sources(recipe, storage, manifest, samples)
     outcome = Outcome()
-    with remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop) as auditor:
+    with remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop, bar.note) as auditor:
         for sample in samples:
             unit, where = sample.unit.unit, f"{storage.uri}/{unit_key(manifest.identity, sample.unit.unit)}"
             different = auditor.check(units[unit], sample.unit.object_sha256)
@@ -136,7 +136,8 @@ def _compare(
 
 def _sources(recipe: Recipe, storage: Storage, manifest: RunManifest, samples: list[UnitSample]) -> dict[str, Unit]:
     """Where the sampled units' sources lie now."""
-    planned = corpus.plan_units(recipe.corpus, manifest.identity.tokenizer, storage)
+    prompts = manifest.identity.generate is not None
+    planned = corpus.plan_units(recipe.corpus, manifest.identity.tokenizer, storage, prompts=prompts)
     place, found = places_in(planned.hashes, np.array([s.unit.unit for s in samples], HASH))
     gone = [s.unit for s, there in zip(samples, found, strict=True) if not there]
     if gone:

@@ -21,6 +21,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
 from distill_ray.capture.pool import TASK_CPUS, Work
+from distill_ray.capture.spent import ActorTime
 from distill_ray.capture.stages import Teacher, from_row, read, to_row, write
 from distill_ray.errors import DistillError
 from distill_ray.schema import UnitSummary
@@ -32,8 +33,8 @@ from distill_ray.units import Units, unit_of
 
 _TASKS_PER_TEACHER = 2
 """Readers, and writers, for each teacher: each is a process with its own tokenizer."""
-_QUEUED_PER_TEACHER = 2
-"""Units given to an actor at a time. Below 1.75 Ray Data would never grow the pool."""
+_CALLS_PER_TEACHER = 2
+"""Units that an actor has at a time: the engine has one, the other is unpickled before it or pickled after it."""
 _UNIT_RETRIES = 4
 """How often a unit may lose its teacher's process before the run fails: one that kills every engine must not loop."""
 _MOST_BLOCKS = 10_000
@@ -46,6 +47,8 @@ class Captured:
     summary: UnitSummary
     notes: tuple[str, ...]
     """What the user should know of the engine that taught it."""
+    spent: ActorTime | None
+    """All that its teacher's actor had spent by then."""
 
 
 def iter_captured(work: Work) -> Iterator[Captured]:
@@ -78,6 +81,7 @@ def _pipeline(work: Work) -> ray.data.Dataset:
                 partial(
                     _read_row,
                     section=recipe.corpus,
+                    generate=recipe.capture.generate,
                     most_tokens=corpus.most_unit_tokens(work.identity.top_k, work.identity.draws),
                     tokenizer_ref=[tokenizer_ref],
                 ),
@@ -87,11 +91,13 @@ def _pipeline(work: Work) -> ray.data.Dataset:
             )
             .map_batches(
                 Teacher,
-                fn_constructor_args=(work.engine_factory,),
+                fn_constructor_args=(work.engine_factory, recipe.teacher.model),
                 compute=ray.data.ActorPoolStrategy(
                     min_size=max(1, replicas.min),
                     max_size=replicas.max,
-                    max_tasks_in_flight_per_actor=_QUEUED_PER_TEACHER,
+                    max_tasks_in_flight_per_actor=_CALLS_PER_TEACHER,
+                    max_concurrent_calls_per_actor=_CALLS_PER_TEACHER,
+                    enable_true_multi_threading=True,
                 ),
                 max_task_retries=_UNIT_RETRIES,
                 **actor_resources(recipe.teacher),
@@ -122,6 +128,11 @@ def _unit_sized_blocks() -> Iterator[None]:
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1
     context.raise_original_map_exception = True
+    # The pool grows and shrinks by units given to an actor over its calls; Ray Data's thresholds are for one call. At
+    # its own 1.75 this pool would never grow, and at its 0.5 an engine just loaded would be given back.
+    scaling = context.autoscaling_config
+    scaling.actor_pool_util_upscaling_threshold /= _CALLS_PER_TEACHER
+    scaling.actor_pool_util_downscaling_threshold /= _CALLS_PER_TEACHER
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -136,13 +147,15 @@ def _tokenizer(ref: ray.ObjectRef) -> Any:
     return ray.get(ref)
 
 
-def _read_row(table: pa.Table, section: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]) -> pa.Table:
-    return to_row(read(unit_of(table), section, _tokenizer(tokenizer_ref[0]), most_tokens))
+def _read_row(
+    table: pa.Table, section: Any, generate: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]
+) -> pa.Table:
+    return to_row(read(unit_of(table), section, _tokenizer(tokenizer_ref[0]), most_tokens, generate))
 
 
 def _write_row(table: pa.Table, storage: Storage, identity: CaptureIdentity) -> pa.Table:
     taught = from_row(table)
-    return to_row(Captured(write(storage, identity, taught), taught.notes))
+    return to_row(Captured(write(storage, identity, taught), taught.notes, taught.spent))
 
 
 def _own_error(error: BaseException) -> BaseException:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
+from distill_ray.capture.spent import ActorTime
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, StoppedError
@@ -62,11 +63,20 @@ class _Pump:
 
 
 def summaries(
-    work: Work, stop: threading.Event, note: Callable[[str], None] = lambda _: None
+    work: Work,
+    stop: threading.Event,
+    note: Callable[[str], None] = lambda _: None,
+    spend: Callable[[ActorTime], None] = lambda _: None,
 ) -> Generator[UnitSummary, None, None]:
     """Capture what is pending; yields each unit's summary once its object is written, in order of completion.
 
-    Ray must be initialised. `note` is called once with each thing that a teacher has to say.
+    Ray must be initialised.
+
+    Args:
+        work: what to capture.
+        stop: ends it when set.
+        note: called once with each thing that a teacher has to say.
+        spend: called before each summary with all that the unit's teacher has spent by then.
 
     Raises:
         StoppedError: `stop` was set; units already yielded are stored.
@@ -96,6 +106,8 @@ def summaries(
             for text in set(found.notes) - noted:
                 note(f"teacher: {text}")
             noted.update(found.notes)
+            if found.spent is not None:
+                spend(found.spent)
             yield found.summary
     finally:
         ray.kill(pump)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from distill_ray import corpus, targets
+from distill_ray.capture.spent import ActorTime, Stopwatch
+from distill_ray.config.generate import GenerateSection
 from distill_ray.config.sections import CorpusSection
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, Unit, UnitSummary
-from distill_ray.storage import ConflictError, NotFoundError, Storage, StorageError
+from distill_ray.storage import ConflictError, NotFoundError, Storage, StorageError, stage_folder
 from distill_ray.targets import CaptureIdentity
 from distill_ray.teacher import Engine
 
@@ -39,6 +43,8 @@ class ReadUnit:
     unit: Unit
     sequences: list[Sequence]
     dead: list[DeadLetter]
+    prompts: bool = False
+    """The sequences are to be answered."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class TaughtUnit:
     seconds: float
     notes: tuple[str, ...] = ()
     """What the user should know of the engine."""
+    spent: ActorTime | None = None
+    """All that its teacher's actor has spent by now."""
 
 
 def to_row(value: Any) -> pa.Table:
@@ -65,27 +73,54 @@ def from_row(table: pa.Table) -> Any:
 
 
 def read(
-    unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
+    unit: Unit,
+    section: CorpusSection,
+    tokenizer: PreTrainedTokenizerBase,
+    most_tokens: int | None = None,
+    generate: GenerateSection | None = None,
 ) -> ReadUnit:
-    """Read one source slice and turn it into sequences."""
+    """Read one source slice and turn it into sequences, or with `generate` into prompts."""
+    if generate is not None:
+        prompts, dead = corpus.read_unit_prompts(unit, section, generate, tokenizer, most_tokens=most_tokens)
+        return ReadUnit(unit, prompts, dead, prompts=True)
     sequences, dead = corpus.read_unit_sequences(unit, section, tokenizer, most_tokens=most_tokens)
     return ReadUnit(unit, sequences, dead)
 
 
 def teach(engine: Engine, work: ReadUnit) -> TaughtUnit:
-    """Score one unit; a sequence that the teacher refuses becomes a dead letter and the others go on."""
+    """Score one unit, or answer and score its prompts.
+
+    A sequence that the teacher refuses becomes a dead letter and the others go on.
+    """
     started = time.monotonic()
-    results = engine.score([s.tokens for s in work.sequences]) if work.sequences else []
+    results = list(_answered(engine, work.sequences) if work.prompts else _scored(engine, work.sequences))
     seconds = time.monotonic() - started
     kept, rows, dead = list[Sequence](), list[TargetRows](), list(work.dead)
-    for i, (sequence, result) in enumerate(zip(work.sequences, results, strict=True)):
+    for result in results:
         if isinstance(result, str):
-            reason = f"sequence {i} ({len(sequence.tokens)} tokens): {result}"
-            dead.append(DeadLetter(work.unit.hash, work.unit.source.uri, UNKNOWN_RECORD, reason))
+            dead.append(DeadLetter(work.unit.hash, work.unit.source.uri, UNKNOWN_RECORD, result))
         else:
-            kept.append(sequence)
-            rows.append(result)
+            kept.append(result[0])
+            rows.append(result[1])
     return TaughtUnit(work.unit, kept, rows, dead, seconds, engine.notes)
+
+
+def _scored(engine: Engine, sequences: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:
+    results = engine.score([s.tokens for s in sequences]) if sequences else []
+    for i, (sequence, rows) in enumerate(zip(sequences, results, strict=True)):
+        yield f"sequence {i} ({len(sequence.tokens)} tokens): {rows}" if isinstance(rows, str) else (sequence, rows)
+
+
+def _answered(engine: Engine, prompts: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:
+    """Prompt and completion as one sequence, of which the completion is supervised."""
+    found = engine.answer([p.tokens for p in prompts]) if prompts else []
+    for prompt, answers in zip(prompts, found, strict=True):
+        for answer in answers:
+            if isinstance(answer, str):
+                yield answer
+                continue
+            written = np.arange(len(answer.tokens)) >= len(prompt.tokens)
+            yield Sequence(answer.tokens, written, prompt.doc_key, answer.finish), answer.rows
 
 
 def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> UnitSummary:
@@ -116,17 +151,37 @@ def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> Un
 
 
 class Teacher:
-    """The actor of the pool: one engine for its lifetime, one unit a call."""
+    """The actor of the pool: one engine for its lifetime, one unit a call, and two calls at a time.
 
-    def __init__(self, engine_factory: EngineFactory) -> None:
+    While one call has the engine, the other unpickles its unit or pickles what came out of the one before: the engine
+    goes on with the next unit the moment it is done with one.
+
+    Args:
+        engine_factory: opens the engine.
+        model: folder of the weights, staged to this machine beforehand so that loading is timed apart from it.
+    """
+
+    def __init__(self, engine_factory: EngineFactory, model: str) -> None:
         # Ray passes on an error of a constructor as text only. Raised by the first call, it arrives as what it is.
         self._refused: DistillError | None = None
+        self._watch = Stopwatch()
+        # Calls come from several threads; an engine may keep state of the thread that uses it, as CUDA does.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         try:
+            stage_folder(model)
+            self._watch.lap("staging")
             self._engine = engine_factory()
+            self._watch.lap("loading")
         except DistillError as error:
             self._refused = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self._refused is not None:
             raise self._refused
-        return to_row(teach(self._engine, from_row(table)))
+        return to_row(self._thread.submit(self._teach, from_row(table)).result())
+
+    def _teach(self, work: ReadUnit) -> TaughtUnit:
+        self._watch.lap("idle")
+        taught = teach(self._engine, work)
+        self._watch.lap("busy")
+        return replace(taught, spent=self._watch.read())

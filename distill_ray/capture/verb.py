@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill_ray import corpus, targets, teacher
+from distill_ray.capture.figures import Figures
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config import Recipe, identity_of
@@ -35,11 +36,13 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
     """What the recipe's targets are, from the teacher's folder alone; no model is loaded.
 
     Raises:
-        UserError: the folder is missing, or lacks config, weights, tokenizer or (for `auto`) a stated dtype.
+        UserError: the folder is missing, or lacks config, weights, tokenizer or (for `auto`) a stated dtype; or an end
+            token where prompts are to be answered.
     """
     folder = stage_folder(recipe.teacher.model, weights=False)
     tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
     section = teacher.resolve_dtype(recipe.teacher, folder)
+    writing = teacher.writing_of(recipe.capture, folder, recipe.teacher.trust_remote_code)
     return CaptureIdentity(
         teacher=identity_of(section) | {"weights": teacher.weights_identity(section.model, section.revision)},
         tokenizer=corpus.tokenizer_identity(tokenizer),
@@ -50,6 +53,7 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
         draws=recipe.capture.draws,
         draws_from=recipe.capture.draws_from,
         draws_temperature=recipe.capture.draws_temperature,
+        generate=None if writing is None else writing.to_json(),
     )
 
 
@@ -65,7 +69,7 @@ def run(
     """Capture whatever of the corpus is not captured yet, and publish the run's manifest. Ray must be initialised.
 
     The published entry "targets" also counts the units `captured` by this call (and their `captured_tokens`) and
-    those `reused`.
+    those `reused`; `teacher_of_command` is what this call's teachers spent, as far as it is known (`TeacherTime`).
 
     A version's units are settled when its manifest is first published: what came into the corpus since is another
     version's, or a student half trained would go on with other data.
@@ -87,24 +91,35 @@ def run(
     tokenizer = corpus.load_tokenizer(
         stage_folder(recipe.teacher.model, weights=False), recipe.teacher.trust_remote_code
     )
-    planned = corpus.plan_units(recipe.corpus, identity.tokenizer, storage, top_k=identity.top_k, draws=identity.draws)
+    planned = corpus.plan_units(
+        recipe.corpus,
+        identity.tokenizer,
+        storage,
+        top_k=identity.top_k,
+        draws=identity.draws,
+        prompts=identity.generate is not None,
+    )
     units = _of_this_version(recipe, storage, identity, planned)
     factory = engine_factory or partial(
         teacher.open_engine, recipe.teacher, recipe.capture, recipe.corpus.window_tokens
     )
     with progress("capture", len(units), "units") as bar:
         pending = pending_units(storage, identity, units, bar.note)
-        counts = {"captured": len(pending), "reused": len(units) - len(pending), "captured_tokens": 0}
-        bar.advance(counts["reused"], reused=counts["reused"])
+        counts: dict[str, Any] = {"captured": len(pending), "reused": len(units) - len(pending)}
+        figures = Figures(recipe, pending)
+        bar.skip(counts["reused"], reused=counts["reused"])
+        bar.weigh(figures.bytes_left)
         if pending:
             from distill_ray.capture import pool
 
             work = pool.Work(recipe, storage, identity, tokenizer, pending, factory)
-            stream = pool.summaries(work, stop, bar.note)
+            stream = pool.summaries(work, stop, bar.note, figures.spent.add)
             with closing(stream), closing(_indexed(storage, identity, stream)) as finished:
                 for summary in finished:
-                    counts["captured_tokens"] += int(summary.lengths.sum())
-                    bar.advance(1, **_figures(summary))
+                    size = figures.add(summary)
+                    kept_mass = summary.kept_mass_sum / max(summary.rows, 1)
+                    bar.advance(1, weight=size, kept_mass=kept_mass, **figures.shown())
+    counts |= {"captured_tokens": figures.tokens, "teacher_of_command": figures.spent.to_json()}
     # Read back rather than kept: captures take days, and summaries 16 bytes a sequence.
     summaries, _ = targets.load_table(storage, identity, only=units.hashes)
     _require_sequences(recipe, units, summaries)
@@ -186,14 +201,6 @@ def _indexed(
             yield summary
     finally:
         targets.append_index(storage, identity, batch)
-
-
-def _figures(summary: UnitSummary) -> dict[str, float]:
-    rows = max(summary.rows, 1)
-    return {
-        "kept_mass": summary.kept_mass_sum / rows,
-        "tokens_per_teacher_second": rows / max(summary.teacher_seconds, 1e-9),
-    }
 
 
 def _require_sequences(recipe: Recipe, units: Units, summaries: pa.Table) -> None:

@@ -8,11 +8,12 @@ over what its successor published.
 from distill_ray.checkpoints.manifest import Manifest, StoredFile, latest_whole, load_manifest, problems_of
 from distill_ray.checkpoints.retention import prune
 from distill_ray.checkpoints.shards import publish, restore, upload
-from distill_ray.checkpoints.universal import store_universal, universal_of
+from distill_ray.checkpoints.universal import forget_universal, store_universal, universal_of
 
 __all__ = [
     "Manifest",
     "StoredFile",
+    "forget_universal",
     "latest_whole",
     "load_manifest",
     "problems_of",

@@ -12,11 +12,17 @@ from distill_ray.lease import publish as publish_entry
 from distill_ray.storage import Storage
 
 
-def prune(storage: Storage, token: LeaseToken, *, keep: int) -> list[int]:
-    """Drop all but the newest `keep` checkpoints and the best one, and folders that no record names.
+def prune(storage: Storage, token: LeaseToken, *, keep: int, multiples_of: int = 0) -> list[int]:
+    """Drop all but the newest `keep` checkpoints, the best one and every so many-th, and folders no record names.
 
     A checkpoint is taken out of the lease record before its first object is deleted, so a kill in between leaves
     garbage, never a broken checkpoint. Folders of this lease's own epoch are left alone: one may be in flight.
+
+    Args:
+        storage: the run's store.
+        token: of the run's lease.
+        keep: number of newest checkpoints that stay.
+        multiples_of: steps that are a multiple of it stay, too; 0: none.
 
     Returns:
         Steps dropped.
@@ -26,7 +32,7 @@ def prune(storage: Storage, token: LeaseToken, *, keep: int) -> list[int]:
     """
     entries = published_checkpoints(storage, token.run_prefix)
     steps = sorted(entries)
-    kept = {*steps[-keep:], *_best(entries)}
+    kept = {*steps[-keep:], *_best(entries), *(s for s in steps if multiples_of and s % multiples_of == 0)}
     dropped = [s for s in steps if s not in kept]
     for step in dropped:
         publish_entry(storage, token, PUBLISHED_PREFIX + step_name(step), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _AT_ONCE = 8
 def universal_of(storage: Storage, run_prefix: str, manifest: Manifest) -> Manifest | None:
     """The whole conversion of exactly this checkpoint, or None."""
     entry = read_published(storage, run_prefix).get(_PREFIX + step_name(manifest.step))
-    if entry is None or entry["of"] != manifest.prefix:
+    if entry is None or entry["of"] != _digest(manifest):
         return None
     try:
         found = load_manifest(storage, entry)
@@ -28,14 +29,17 @@ def universal_of(storage: Storage, run_prefix: str, manifest: Manifest) -> Manif
     return None if problems_of(storage, found) else found
 
 
-def store_universal(storage: Storage, token: LeaseToken, manifest: Manifest, folder: Path) -> Manifest:
-    """Upload the converted files, several at once, and publish them.
+def store_universal(
+    storage: Storage, token: LeaseToken, manifest: Manifest, folder: Path, *, seconds: float = 0.0
+) -> Manifest:
+    """Upload the converted files, several at once, and publish them, with their size and what they took.
 
     Args:
         storage: the run's store.
         token: of the run's lease.
         manifest: of the checkpoint that was converted.
         folder: the conversion; names keep its inner folders.
+        seconds: that the conversion took, without this upload.
 
     Raises:
         LeaseLostError: another driver took the run over; nothing was published.
@@ -54,13 +58,19 @@ def store_universal(storage: Storage, token: LeaseToken, manifest: Manifest, fol
     data = stored.to_json()
     key = stored.key_of("manifest.json")
     storage.put(key, data)
-    entry = {**document_entry(key, data), "of": manifest.prefix}
+    size = sum(file.size for file in files)
+    entry = {**document_entry(key, data), "of": _digest(manifest), "seconds": round(seconds, 3), "bytes": size}
     publish_entry(storage, token, _PREFIX + step_name(manifest.step), entry)
     return stored
 
 
+def _digest(manifest: Manifest) -> str:
+    """What tells a checkpoint from one of the same step that a restarted worker group wrote in its place."""
+    return hashlib.sha256(manifest.to_json()).hexdigest()
+
+
 def forget_universal(storage: Storage, token: LeaseToken, step: int) -> None:
-    """Take a dropped checkpoint's conversion out of the record; its objects lie under the checkpoint's own folder."""
+    """Take a checkpoint's conversion out of the record; its objects lie under the checkpoint's own folder."""
     name = _PREFIX + step_name(step)
     if name in read_published(storage, token.run_prefix):
         publish_entry(storage, token, name, None)

@@ -17,7 +17,7 @@ MODELS = ("teacher", "before", "after")
 
 _STEP = (
     *("step", "loss", "kl_t", "kl_t1", "ce", "kept_mass", "top1_agreement", "lr", "grad_norm", "tokens"),
-    *("seconds", "data_s", "save_s"),
+    *("seconds", "data_s", "save_s", "skipped"),
 )
 KEYS = frozenset(
     f"{section}.{name}"

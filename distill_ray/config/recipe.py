@@ -16,6 +16,7 @@ from distill_ray.config.sections import (
     AuditSection,
     CaptureSection,
     CorpusSection,
+    CostSection,
     EvaluateSection,
     ExportSection,
     StorageSection,
@@ -51,6 +52,9 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
+    # Stated to be placement as a whole, so that no identity holds even its name.
+    cost: Placement[CostSection] = CostSection()
+    """Prices, for figures alone."""
 
     @field_validator("name", "version")
     @classmethod
@@ -69,6 +73,12 @@ class Recipe(Section):
                     f"add {T} to capture.temperatures"
                 )
         self._draws_serve_the_loss()
+        generate = self.capture.generate
+        if generate is not None and generate.max_tokens >= self.corpus.window_tokens:
+            raise ValueError(
+                f"capture.generate.max_tokens={generate.max_tokens} leaves no room for a prompt in "
+                f"corpus.window_tokens={self.corpus.window_tokens}; lower max_tokens or raise window_tokens"
+            )
         if self.audit.engine == "transformers" and self.teacher.quantization is not None:
             raise ValueError(
                 f'audit.engine="transformers" cannot load teacher.quantization={self.teacher.quantization!r}, which is '

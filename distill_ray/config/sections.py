@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distill_ray.config.bounds import RELATIVE, Bound, Required, flattened, problems_of
+from distill_ray.config.generate import GenerateSection
 from distill_ray.config.kinds import AddedIdentity, Identity, Listed, Placement, Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -96,6 +97,11 @@ class TeacherSection(Section):
     use_gpu: Placement[bool] = True
     """False: the CPU build of vLLM, or transformers on the CPU."""
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor_parallel * self.pipeline_parallel if self.use_gpu else 0
+
 
 class CaptureSection(Section):
     top_k: Identity[int] = Field(default=64, ge=1, le=512)
@@ -109,6 +115,24 @@ class CaptureSection(Section):
     """`all`: the whole distribution (objective `sampled`); `tail`: everything outside the kept tokens (`head_tail`)."""
     draws_temperature: AddedIdentity[float] = 1.0
     """Temperature that is drawn at; one of `temperatures`, and that of the loss."""
+    mode: AddedIdentity[Literal["score", "generate"]] = "score"
+    """`score`: the teacher reads the corpus; `generate`: the corpus holds prompts, which the teacher answers."""
+    generate: AddedIdentity[GenerateSection | None] = None
+    """How it answers; stated or at its defaults exactly where mode = "generate"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _generates_by_default(cls, data: Any) -> Any:
+        # Left out or stated at its defaults, it must be the same capture.
+        if isinstance(data, dict) and data.get("mode") == "generate" and data.get("generate") is None:
+            return {**data, "generate": {}}
+        return data
+
+    @model_validator(mode="after")
+    def _generate_agrees(self) -> Self:
+        if self.generate is not None and self.mode != "generate":
+            raise ValueError('[capture.generate] has no effect with mode="score"; set mode = "generate" or remove it')
+        return self
 
     @field_validator("temperatures")
     @classmethod
@@ -213,8 +237,19 @@ class TrainSection(Section):
     """Arithmetic of the student."""
     seed: Identity[int] = Field(default=0, ge=0)
     """Fixes data order and random weights."""
+    on_bad_loss: AddedIdentity[Literal["stop", "skip"]] = "stop"
+    """A step whose loss or gradient is not finite, or whose loss is a spike: `stop` ends the run, `skip` leaves weights
+    and optimizer as they were and goes on with the next batch; ten in a row end the run."""
+    loss_spike: AddedIdentity[float] = Field(default=0.0, ge=0)
+    """A spike is a loss above this many times the median of recent steps, above 1; 0: none is."""
     workers: Placement[Range] = Range(min=1, max=1)
-    """Ray Train workers; min = max, since the worker group does not grow or shrink."""
+    """Ray Train workers. Where min < max, the group is as large as there is room for whenever it is started."""
+    settle_s: Placement[float] = Field(default=30.0, ge=0)
+    """Where workers.min < workers.max: seconds without a node coming or going before a lost group is started again, so
+    that one wave of lost nodes costs one conversion of the checkpoint."""
+    grow_after_s: Placement[float] = Field(default=900.0, ge=0)
+    """Where workers.min < workers.max: seconds a group runs before it saves and is started again with more workers, if
+    there is room for them; counts against max_preemption_failures."""
     zero_stage: Placement[int] = Field(default=2, ge=1, le=3)
     """DeepSpeed ZeRO stage."""
     offload: Placement[bool] = False
@@ -227,17 +262,25 @@ class TrainSection(Section):
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Placement[int] = Field(default=2, ge=1)
     """Newest checkpoints kept, beside the best."""
+    keep_every: Placement[int] = Field(default=0, ge=0)
+    """Also keep every so many-th checkpoint, those of steps that keep_every × checkpoint_every divides; 0: none."""
     max_failures: Placement[int] = Field(default=3, ge=0)
-    """Restarts of the worker group within one command."""
+    """Restarts of the worker group within one command, after failures."""
+    max_preemption_failures: Placement[int] = Field(default=-1, ge=-1)
+    """Restarts within one command after a node was taken away with notice; -1: any number."""
 
     @field_validator("workers")
     @classmethod
-    def _fixed(cls, value: Range) -> Range:
-        if value.min != value.max:
-            raise ValueError(
-                f"min={value.min} and max={value.max} differ, but training cannot change its number of workers yet; "
-                f"use {{ min = {value.max}, max = {value.max} }}"
-            )
+    def _some(cls, value: Range) -> Range:
+        if not value.min:
+            raise ValueError("min=0: training needs at least one worker; use min = 1 or more")
+        return value
+
+    @field_validator("loss_spike")
+    @classmethod
+    def _above_one(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError(f"{value} times the median is met by every second step; use more than 1, say 3, or 0")
         return value
 
     @model_validator(mode="after")
@@ -246,6 +289,11 @@ class TrainSection(Section):
             raise ValueError(
                 f"global_batch_tokens={self.global_batch_tokens} is not a multiple of pack_tokens={self.pack_tokens}; "
                 f"use {max(1, self.global_batch_tokens // self.pack_tokens) * self.pack_tokens}"
+            )
+        if self.workers.min < self.workers.max > self.packs_per_batch:
+            raise ValueError(
+                f"workers.max={self.workers.max} exceeds the {self.packs_per_batch} pack(s) of a global batch: some "
+                f"workers would never have one; use workers.max = {self.packs_per_batch} or a larger global batch"
             )
         return self
 
@@ -301,3 +349,10 @@ class ExportSection(Section):
     """Type of the published weights."""
     licence: Placement[str] = "unknown"
     """Licence stated on the model card; the teacher's licence usually binds the student."""
+
+
+class CostSection(Section):
+    teacher_gpu_hour: Placement[float | None] = Field(default=None, ge=0)
+    """Dollars of one GPU of a teacher for an hour; with it, progress and report show what teachers cost."""
+    student_gpu_hour: Placement[float | None] = Field(default=None, ge=0)
+    """Dollars of one GPU of a training worker for an hour; with it, the report shows what training cost."""

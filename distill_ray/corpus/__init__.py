@@ -5,6 +5,7 @@ Units never depend on where a source lies, and documents fail alone: a bad one b
 
 from distill_ray.corpus.index import indexed_sources
 from distill_ray.corpus.probe import probe_sources
+from distill_ray.corpus.prompts import read_unit_prompts
 from distill_ray.corpus.reading import held_out, read_unit_sequences
 from distill_ray.corpus.tokenizers import load_tokenizer, same_tokenizer, tokenizer_identity
 from distill_ray.corpus.units import check_unit_bytes, most_unit_tokens, plan_units
@@ -17,6 +18,7 @@ __all__ = [
     "most_unit_tokens",
     "plan_units",
     "probe_sources",
+    "read_unit_prompts",
     "read_unit_sequences",
     "same_tokenizer",
     "tokenizer_identity",

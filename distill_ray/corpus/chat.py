@@ -86,6 +86,16 @@ def _up_to_end_of_turn(inside: np.ndarray, ids: np.ndarray, added: set[int], off
     return len(inside) if rest.strip() else ends[-1] + 1
 
 
+def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+    """Token ids of a chat whose next turn is the assistant's, up to where that turn begins.
+
+    Raises:
+        RefusedDocument: the template refuses the chat.
+    """
+    text, _ = _render(tokenizer, messages, prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [n] int32 of a chat and its supervision [n] bool: assistant content and the end-of-turn token.
 

@@ -133,6 +133,21 @@ def _messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
+def _prompt_of(record: dict[str, Any], section: CorpusSection) -> str | list[dict[str, Any]]:
+    """What the teacher is to answer. Of a chat, all up to the last turn that is not the assistant's."""
+    if section.format == "messages":
+        messages = _messages_of(record)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise RefusedDocument("no turn to answer: every message is the assistant's")
+        return messages
+    text = _text_of(record, section.text_column if section.format == "text" else "prompt")
+    if not text.strip():
+        raise RefusedDocument("empty: no prompt")
+    return text
+
+
 def _content_of(record: dict[str, Any], section: CorpusSection) -> str | tuple[str, str] | list[dict[str, Any]]:
     if section.format == "text":
         text = _text_of(record, section.text_column)
@@ -163,22 +178,24 @@ def document_key(form: str, content: Any) -> int:
 
 
 def checked(
-    raw: Iterable[dict[str, Any] | RefusedDocument], section: CorpusSection
+    raw: Iterable[dict[str, Any] | RefusedDocument], section: CorpusSection, prompts: bool = False
 ) -> Iterator[Document | tuple[int, RefusedDocument]]:
-    """The document of each record, numbered from 0; a refused one is (number, reason)."""
+    """The document, or prompt, of each record, numbered from 0; a refused one is (number, reason)."""
     for number, record in enumerate(raw):
         if isinstance(record, RefusedDocument):
             yield number, record
             continue
         try:
-            content = _content_of(record, section)
+            content = _prompt_of(record, section) if prompts else _content_of(record, section)
             yield Document(number, document_key(section.format, content), content)
         except RefusedDocument as reason:
             yield number, reason
 
 
-def read_documents(unit: Unit, section: CorpusSection) -> Iterator[Document | tuple[int, RefusedDocument]]:
-    """The documents of a unit in source order; a refused one is (record number, reason).
+def read_documents(
+    unit: Unit, section: CorpusSection, prompts: bool = False
+) -> Iterator[Document | tuple[int, RefusedDocument]]:
+    """The documents, or prompts, of a unit in source order; a refused one is (record number, reason).
 
     What was given out counts only once the iterator is exhausted: a source that is replaced while it is read shows at
     the end.
@@ -188,12 +205,12 @@ def read_documents(unit: Unit, section: CorpusSection) -> Iterator[Document | tu
     """
     info = _current(unit)
     if unit.source.kind in ("row_groups", "rows"):
-        raw = raw_rows(unit.source, needed_columns(section))
+        raw = raw_rows(unit.source, needed_columns(section, prompts))
     elif unit.source.kind == "file":
         raw = _raw_file(unit, info.size, section.text_column)
     else:
         raw = _raw_lines(unit, info.size)
-    yield from checked(raw, section)
+    yield from checked(raw, section, prompts)
     # Pieces of two versions would be stored for ever under the hash of the first.
     if _current(unit).version != info.version:
         raise UserError(f"corpus source {unit.source.uri} changed while it was read; run again when it is whole")

@@ -23,7 +23,7 @@ _MOST_BYTES = 16 * 2**20
 """Uncompressed bytes in which the first lines are sought."""
 
 
-def probe_sources(section: CorpusSection, sources: Mapping[str, ObjectInfo]) -> list[str]:
+def probe_sources(section: CorpusSection, sources: Mapping[str, ObjectInfo], prompts: bool = False) -> list[str]:
     """Read the first records of one source for each folder and container, at most 8 sources.
 
     Returns:
@@ -39,26 +39,26 @@ def probe_sources(section: CorpusSection, sources: Mapping[str, ObjectInfo]) -> 
             chosen.setdefault(kind, uri)
     opened = list(chosen.values())[:_MOST_SOURCES]
     for uri in opened:
-        _probe(section, uri, sources[uri].size)
+        _probe(section, uri, sources[uri].size, prompts)
     return opened
 
 
-def _probe(section: CorpusSection, uri: str, size: int) -> None:
+def _probe(section: CorpusSection, uri: str, size: int, prompts: bool) -> None:
     container = container_of(uri)
     raw: Iterable[dict[str, Any] | RefusedDocument] = ()
     if container == "parquet":
         columns, _, rows = layout(uri)
-        check_columns(section, uri, columns)
+        check_columns(section, uri, columns, prompts)
         if sum(rows):
             first = SourceSlice(uri, "", "rows", 0, min(_RECORDS, next(n for n in rows if n)))
-            raw = raw_rows(first, needed_columns(section))
+            raw = raw_rows(first, needed_columns(section, prompts))
     elif container == "txt":
-        check_columns(section, uri, None)
+        check_columns(section, uri, None, prompts)
     else:
         lines = _first_lines(uri, size)
-        check_columns(section, uri, columns_of_line(lines[0]) if lines else None)
+        check_columns(section, uri, columns_of_line(lines[0]) if lines else None, prompts)
         raw = parse_lines(lines)
-    found = list(islice(checked(raw, section), _RECORDS))
+    found = list(islice(checked(raw, section, prompts), _RECORDS))
     refused = [item for item in found if not isinstance(item, Document)]
     if len(refused) == _RECORDS:
         raise UserError(

@@ -32,13 +32,19 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Itera
         yield tokens, np.ones(len(tokens), dtype=bool)
 
 
-def _encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
-    """Prompt, completion and eos, each tokenised apart, as they are when the student is asked."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a text that something is to follow."""
     encoded = tokenizer(prompt, return_special_tokens_mask=True, verbose=False)
     head, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
     # A tokenizer that ends every text with eos would end the prompt there too.
     while head and added[len(head) - 1] and head[-1] == tokenizer.eos_token_id:
         head.pop()
+    return head
+
+
+def _encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
+    """Prompt, completion and eos, each tokenised apart, as they are when the student is asked."""
+    head = encode_prompt(tokenizer, prompt)
     tail = [*tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
     tokens = np.asarray(head + tail, dtype=np.int32)
     return tokens, np.arange(len(tokens)) >= len(head)
@@ -60,8 +66,9 @@ def _encode(
             yield reason
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, form: str) -> None:
-    if form == "prompt_completion" and tokenizer.eos_token_id is None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, form: str, prompts: bool = False) -> None:
+    """Raises UserError where the tokenizer lacks what the format needs."""
+    if form == "prompt_completion" and not prompts and tokenizer.eos_token_id is None:
         raise UserError(
             'corpus.format = "prompt_completion" ends each completion with eos, and the tokenizer has none; '
             "state eos_token in its tokenizer_config.json"
@@ -91,7 +98,7 @@ def read_unit_sequences(
         UserError: the source is gone, changed since it was planned, or the tokenizer lacks what the format needs; or
             there are more than `most_tokens`.
     """
-    _check_tokenizer(tokenizer, section.format)
+    check_tokenizer(tokenizer, section.format)
     sequences: list[Sequence] = []
     refused: list[tuple[int, str]] = []
     tokens = 0

@@ -38,14 +38,16 @@ Slice = tuple[str, int, int, int]
 """Kind, start, stop, source bytes."""
 
 
-def needed_columns(section: CorpusSection) -> tuple[str, ...]:
-    """Columns or keys that every record must have."""
+def needed_columns(section: CorpusSection, prompts: bool = False) -> tuple[str, ...]:
+    """Columns or keys that every record must have; of `prompts`, those that the teacher is to answer."""
     if section.format == "text":
         return (section.text_column,)
-    return ("prompt", "completion") if section.format == "prompt_completion" else ("messages",)
+    if section.format == "prompt_completion":
+        return ("prompt",) if prompts else ("prompt", "completion")
+    return ("messages",)
 
 
-def check_columns(section: CorpusSection, uri: str, columns: list[str] | None) -> None:
+def check_columns(section: CorpusSection, uri: str, columns: list[str] | None, prompts: bool = False) -> None:
     """Raises UserError where a source of these columns (None: unknown) cannot be what `corpus.format` says."""
     if container_of(uri) == "txt":
         if section.format != "text":
@@ -56,10 +58,10 @@ def check_columns(section: CorpusSection, uri: str, columns: list[str] | None) -
         return
     if columns is None:
         return
-    doubled = [column for column in needed_columns(section) if columns.count(column) > 1]
+    doubled = [column for column in needed_columns(section, prompts) if columns.count(column) > 1]
     if doubled:
         raise UserError(f"corpus source {uri} has several columns {doubled}; rename or drop all but one of each")
-    missing = [column for column in needed_columns(section) if column not in columns]
+    missing = [column for column in needed_columns(section, prompts) if column not in columns]
     if missing:
         raise UserError(
             f'corpus source {uri}: corpus.format = "{section.format}" needs {missing}, and the first record has '
@@ -135,7 +137,9 @@ def _too_large(section: CorpusSection, top_k: int, draws: int, uri: str, piece: 
     )
 
 
-def _hasher(section: CorpusSection, tokenizer_id: str, container: str, content: str) -> Callable[[Slice], str]:
+def _hasher(
+    section: CorpusSection, tokenizer_id: str, container: str, content: str, prompts: bool
+) -> Callable[[Slice], str]:
     """Slice of one source → `fingerprint` of everything that decides its sequences.
 
     A million units of a few thousand sources differ in their slice alone: what is around it is written once a source.
@@ -154,6 +158,8 @@ def _hasher(section: CorpusSection, tokenizer_id: str, container: str, content: 
             "window_overlap": section.window_overlap,
             "unit_bytes": section.unit_bytes,
         }
+        # Left out otherwise, so that the units from before there were prompts still stand.
+        | ({"prompts": True} if prompts else {})
     )
     before, _, after = text.partition(json.dumps(hole))
 
@@ -194,6 +200,7 @@ def plan_units(
     top_k: int | None = None,
     draws: int = 0,
     cached_only: bool = False,
+    prompts: bool = False,
 ) -> Units:
     """All units of the corpus, sorted by hash; equal content is one unit with a multiplicity.
 
@@ -204,6 +211,7 @@ def plan_units(
         top_k: K of the capture, which bounds the size of a unit; None: not checked.
         draws: draws a row, which bound it too.
         cached_only: refuse a source that is not in the cache rather than read it.
+        prompts: the corpus holds prompts for the teacher to answer.
 
     Raises:
         UserError: a source is missing, damaged, of unknown format or without the needed columns, or nothing is in
@@ -221,10 +229,10 @@ def plan_units(
         for uri, index in _indices(section, infos, cache, cached_only):
             if index.sha256 in withdrawn:
                 _refuse(uri, withdrawn[index.sha256])
-            check_columns(section, uri, index.columns)
+            check_columns(section, uri, index.columns, prompts)
             sources.append(Source(uri, index.sha256, infos[uri].version))
             container = container_of(uri)
-            hash_of = _hasher(section, tokenizer_id, container, index.sha256)
+            hash_of = _hasher(section, tokenizer_id, container, index.sha256, prompts)
             for piece in _slices(section, index, container):
                 kind, start, stop, size = piece
                 if top_k is not None and size > most:

@@ -151,6 +151,26 @@ def rates(manifest: RunManifest, history: list[dict[str, float]], evaluation_tok
     return rates
 
 
+def dollars(recipe: Recipe, entry: Mapping[str, Any], history: list[dict[str, float]]) -> dict[str, float]:
+    """By the recipe's prices; what has none, or ran without GPUs, is left out.
+
+    Args:
+        recipe: with its prices.
+        entry: "targets" of the run's record.
+        history: one line a training step.
+    """
+    found = dict[str, float]()
+    price, spent = recipe.cost.teacher_gpu_hour, entry.get("teacher_of_command")
+    if price is not None and recipe.teacher.gpus and spent is not None:
+        seconds = spent["start_s"] + spent["busy_s"] + spent["idle_s"]
+        found["teacher_of_command"] = seconds / 3600 * recipe.teacher.gpus * price
+    price = recipe.cost.student_gpu_hour
+    if price is not None and recipe.train.use_gpu:
+        seconds = sum(step["seconds"] for step in history)
+        found["train"] = seconds / 3600 * recipe.train.workers.max * price
+    return found
+
+
 def untimed_units(manifest: RunManifest) -> int:
     """Units with sequences whose capture's seconds are not known; see `rates`."""
     return sum(u.teacher_seconds == 0 and len(u.lengths) > 0 for u in manifest.units)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distill_ray.errors import IntegrityError
@@ -68,6 +68,11 @@ class Timings:
     """`teacher` (per replica), `train` and `evaluate` (forward passes of one student); absent where not measured."""
     untimed_units: int
     """Units whose capture's seconds are not known; `tokens_per_s["teacher"]` is over the others alone."""
+    teacher_of_command: dict[str, float] | None = None
+    """What the teachers of the command that finished the capture spent: `actors`, and the sums of their seconds
+    `start_s` (with `staging_s` a part of it), `busy_s` and `idle_s`. Not of commands before it; None: not known."""
+    dollars: dict[str, float] = field(default_factory=dict)
+    """By the recipe's [cost]: `teacher_of_command`, from these seconds, and `train`, from the training steps' own."""
 
 
 @dataclass(frozen=True)

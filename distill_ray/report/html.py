@@ -120,6 +120,7 @@ def _cost_table(report: dict[str, Any]) -> str:
     timings, tokens, targets = report["timings"], report["tokens"], report["targets"]
     rows = [(f"Seconds, {stage}", f"{value:,.1f}") for stage, value in timings["seconds"].items()]
     rows += [(f"Tokens/s, {stage}", _rate(report, stage)) for stage in ("teacher", "train", "evaluate")]
+    rows += _teacher_rows(timings)
     rows += [
         ("Tokens captured for this run", f"{tokens['captured']:,}"),
         ("Tokens reused from earlier captures", f"{tokens['reused']:,}"),
@@ -131,6 +132,24 @@ def _cost_table(report: dict[str, Any]) -> str:
         ("Dead letters", f"{targets['dead_letters']:,}"),
     ]
     return _table(rows, value_class="number")
+
+
+def _teacher_rows(timings: dict[str, Any]) -> list[tuple[str, str]]:
+    dollars = {
+        "teacher_of_command": "Teachers of the last capture command, dollars",
+        "train": "Training steps, dollars",
+    }
+    rows = [(dollars[name], f"{value:,.2f}") for name, value in timings.get("dollars", {}).items()]
+    spent = timings.get("teacher_of_command")
+    if not spent or not spent["actors"]:
+        return rows
+    working = spent["busy_s"] + spent["idle_s"]
+    share = f" ({spent['idle_s'] / working:.1%} idle)" if working else ""
+    said = f"{spent['start_s']:,.1f} + {spent['busy_s']:,.1f} + {spent['idle_s']:,.1f}{share}"
+    return [
+        (f"Teacher seconds starting + busy + idle, {spent['actors']} actor(s) of the last capture command", said),
+        *rows,
+    ]
 
 
 def _rate(report: dict[str, Any], stage: str) -> str:

@@ -106,7 +106,8 @@ def _planned(recipe: Recipe, storage: Storage, fingerprint: str) -> Units:
     # What the hashes need of the teacher is in every object of its capture; before the first one none can be done.
     first = next(iter(targets.each_object(storage, fingerprint)), None)
     tokenizer = "" if first is None else targets.open_unit(storage, fingerprint, first[0]).identity.tokenizer
-    return corpus.plan_units(recipe.corpus, tokenizer, storage, cached_only=True)
+    prompts = recipe.capture.generate is not None
+    return corpus.plan_units(recipe.corpus, tokenizer, storage, prompts=prompts, cached_only=True)
 
 
 def train_progress(recipe: Recipe, storage: Storage, published: Mapping[str, Mapping[str, Any]]) -> TrainProgress:
@@ -127,7 +128,8 @@ def train_progress(recipe: Recipe, storage: Storage, published: Mapping[str, Map
         unknown=unknown,
         checkpoint_step=checkpoint,
         seconds_per_step=sum(recent) / len(recent) if recent else None,
-        loss=history[-1]["loss"] if history else None,
+        # A skipped step has no loss where it was not finite.
+        loss=next((line["loss"] for line in reversed(history) if "loss" in line), None),
         seconds=sum(line["seconds"] for line in history),
         damaged=damaged,
     )

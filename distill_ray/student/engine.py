@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -44,6 +46,10 @@ class StepResult:
     """Sum of the `flag` arguments over ranks: how ranks agree on a stop without another collective."""
     arrived: int = 0
     """Sum of the `arrived` arguments over ranks."""
+    leaving: int = 0
+    """Number of ranks whose `leave` said yes."""
+    skipped: int = 0
+    """1 where weights and optimizer state are as before the step: its gradients were not finite, or it was refused."""
 
 
 def engine_config(section: TrainSection, micro_steps: int) -> dict[str, Any]:
@@ -113,7 +119,16 @@ class StudentEngine:
         )
         return cls(engine, module, section, device)
 
-    def train_step(self, batches: Iterator[PackedBatch], steps: int, flag: int = 0, arrived: int = 0) -> StepResult:
+    def train_step(
+        self,
+        batches: Iterator[PackedBatch],
+        steps: int,
+        flag: int = 0,
+        arrived: int = 0,
+        *,
+        leave: Callable[[], bool] = lambda: False,
+        skip_above: float | None = None,
+    ) -> StepResult:
         """One optimizer step: takes micro-batches up to and including the step's last.
 
         Args:
@@ -121,11 +136,15 @@ class StudentEngine:
             steps: optimizer steps of the run, for the learning rate.
             flag: summed over ranks into the result.
             arrived: likewise.
+            leave: asked as late as the step allows; its answers are summed over ranks.
+            skip_above: a loss that is not finite or above this one changes neither weights nor optimizer state. The
+                same on every rank. None: never asked, and ranks meet once the step is done.
 
         Raises:
             DistillError: the batch does not hold what was planned.
         """
-        sums = torch.zeros(9, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(10, dtype=torch.float64, device=self.device)
+        signals = (flag, arrived)
         while True:
             batch = next(batches)
             if batch.micro == 0:
@@ -133,16 +152,27 @@ class StudentEngine:
             # Said aloud, not left to its counter: the last global batch may have fewer micro-batches.
             self._engine.set_gradient_accumulation_boundary(batch.last)
             part = self._engine(batch.to(self.device))
+            sums[:7] += part.detach()
             # DeepSpeed averages gradients over ranks; times the world size that is their sum. Dividing each
             # micro-batch by its own count instead would weigh its tokens by how they were packed.
-            self._engine.backward(part[0].float() * (self.world / batch.supervised), scale_wrt_gas=False)
-            sums[:7] += part.detach()
+            scale = self.world / batch.supervised
+            if batch.last and skip_above is not None:
+                self._reduce(sums, signals, leave)
+                if not float(sums[0]) / batch.supervised <= min(skip_above, sys.float_info.max):
+                    # No stage has a way to drop gradients that are already accumulated and partitioned, but all of
+                    # them drop a step whose gradients are not finite, before the optimizer sees it.
+                    scale = math.nan
+            self._engine.backward(part[0].float() * scale, scale_wrt_gas=False)
             if batch.last:
                 break
         self._engine.step()
-        sums[7], sums[8] = flag, arrived
-        torch.distributed.all_reduce(sums)
+        if skip_above is None:
+            self._reduce(sums, signals, leave)
         return self._result(sums, batch)
+
+    def _reduce(self, sums: Tensor, signals: tuple[int, int], leave: Callable[[], bool]) -> None:
+        sums[7], sums[8], sums[9] = *signals, int(leave())
+        torch.distributed.all_reduce(sums)
 
     def _set_lr(self, lr: float) -> None:
         # The ZeRO wrapper shares these groups with the AdamW it wraps.
@@ -150,7 +180,7 @@ class StudentEngine:
             group["lr"] = lr
 
     def _result(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        *parts, count, flags, arrived = sums.tolist()
+        *parts, count, flags, arrived, leaving = sums.tolist()
         planned = batch.supervised
         if int(count) != planned:
             raise DistillError(
@@ -160,7 +190,9 @@ class StudentEngine:
         loss, kl_t, kl_t1, ce, kept, agree = (x / planned for x in parts)
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         lr = float(self._optimizer.param_groups[0]["lr"])
-        return StepResult(loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned, int(flags), int(arrived))
+        skipped = not self._engine.was_step_applied()
+        figures = (loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned)
+        return StepResult(*figures, int(flags), int(arrived), int(leaving), int(skipped))
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's part of the state under `folder`, which no other rank shares; returns its files."""

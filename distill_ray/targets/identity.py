@@ -32,9 +32,13 @@ class CaptureIdentity:
     """`all`: the whole distribution; `tail`: everything outside the kept tokens."""
     draws_temperature: float = 1.0
     """Drawn at; one of `temperatures`."""
+    generate: Mapping[str, Any] | None = None
+    """How the teacher answered prompts, with its end tokens: plain JSON values. None where it read the corpus."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher", dict(self.teacher))
+        if self.generate is not None:
+            object.__setattr__(self, "generate", dict(self.generate))
         object.__setattr__(self, "temperatures", tuple(sorted({1.0, *map(float, self.temperatures)})))
 
     @property
@@ -50,8 +54,9 @@ class CaptureIdentity:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same identity back."""
         found = asdict(self) | {"temperatures": list(self.temperatures)}
-        # Without draws as before there were any, so that the fingerprints of such captures still stand.
-        return found if self.draws else {k: v for k, v in found.items() if not k.startswith("draws")}
+        # Without draws and completions as before there were any, so that the fingerprints of such captures still stand.
+        kept = found if self.draws else {k: v for k, v in found.items() if not k.startswith("draws")}
+        return kept if self.generate is not None else {k: v for k, v in kept.items() if k != "generate"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CaptureIdentity:

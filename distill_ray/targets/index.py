@@ -36,8 +36,8 @@ _UNIT = re.compile(r"([0-9a-f]{32})\.parquet")
 INDEXED_AT = "indexed_at"
 """Column of Unix seconds; of two entries of a unit captured twice, the later one counts."""
 _FINGERPRINT = b"distill_ray_capture"
-_DRAWS = "distinct_draws"
-"""Column that only captures with draws have."""
+_OPTIONAL = ("distinct_draws", "unfinished")
+"""Counts whose columns only those captures have that keep draws, or completions of the teacher."""
 
 Report = Callable[[str], None]
 
@@ -64,9 +64,11 @@ def summaries_table(summaries: list[UnitSummary]) -> pa.Table:
             "entropy": pa.array([s.entropy for s in summaries], pa.bool_()),
         }
     )
-    if not any(s.distinct_draws for s in summaries):
-        return table
-    return table.append_column(_DRAWS, pa.array([s.distinct_draws for s in summaries], pa.int64()))
+    for name in _OPTIONAL:
+        counts = [getattr(s, name) for s in summaries]
+        if any(counts):
+            table = table.append_column(name, pa.array(counts, pa.int64()))
+    return table
 
 
 def table_summaries(table: pa.Table) -> list[UnitSummary]:
@@ -77,7 +79,7 @@ def table_summaries(table: pa.Table) -> list[UnitSummary]:
         offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
         arrays[name] = [values[a:b] for a, b in pairwise(offsets.tolist())]
     scalars = ["unit", "object_bytes", "object_sha256", "kept_mass_sum", "dead", "teacher_seconds"]
-    scalars += [_DRAWS] if _DRAWS in table.column_names else []
+    scalars += [name for name in _OPTIONAL if name in table.column_names]
     rows = zip(*(table.column(name).to_pylist() for name in scalars), strict=True)
     # Tables written before this column was kept say nothing of it.
     known = "entropy" in table.column_names

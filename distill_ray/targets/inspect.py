@@ -41,6 +41,8 @@ class InspectReport:
     mean_kept_mass: float | None
     distinct_draws: int
     """Sum over rows of the distinct tokens drawn."""
+    unfinished: int
+    """Completions that ended because they were as long as allowed."""
     dead: int
     teacher_seconds: float
     untimed_units: int
@@ -78,6 +80,10 @@ class InspectReport:
             facts["bytes per row"] = f"{self.bytes_per_row:.1f}{packed}"
         if i is not None and i.draws:
             facts["draws"] = self._drawn(i)
+        if i is not None and i.generate is not None:
+            finished = self.sequences - self.unfinished
+            facts["completions"] = f"{finished:,} came to an end, {self.unfinished:,} were cut by max_tokens"
+            facts["generated"] = json.dumps(dict(i.generate), sort_keys=True)
         if self.mean_kept_mass is not None:
             facts["mean kept mass"] = f"{self.mean_kept_mass:.6f}"
         facts["entropy"] = self._entropy()
@@ -236,6 +242,7 @@ class _Look:
             bytes=sum(s.object_bytes for s in found),
             mean_kept_mass=sum(s.kept_mass_sum for s in found) / rows if rows else None,
             distinct_draws=sum(s.distinct_draws for s in found),
+            unfinished=sum(s.unfinished for s in found),
             dead=sum(s.dead for s in found),
             teacher_seconds=sum(s.teacher_seconds for s in found),
             untimed_units=sum(s.teacher_seconds == 0 for s in filled),

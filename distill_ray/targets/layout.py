@@ -56,6 +56,8 @@ class StoredSequence:
     """Temperature T ≠ 1 → float16 [N] log tail mass at T."""
     draws: StoredDraws | None = None
     """None where the capture keeps none."""
+    finish: str | None = None
+    """Why a completion of the teacher's ended; None where the corpus gave the tokens."""
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +96,8 @@ def arrow_schema(identity: CaptureIdentity, with_entropy: bool) -> pa.Schema:
     if with_entropy:
         columns.append(("entropy", items(pa.float16())))
     columns += [(tail_column(t), items(pa.float16())) for t in identity.extra_temperatures]
+    if identity.generate is not None:
+        columns.append(("finish", pa.string()))
     if identity.draws:
         columns += [(name, items(kind)) for name, kind in _DRAW_COLUMNS.items()]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
@@ -119,6 +123,8 @@ def checksum(fingerprint: str, unit: str, index: int, s: StoredSequence) -> byte
         if array is not None:
             h.update(f"{name} {array.dtype.str} {array.shape}".encode())
             h.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    if s.finish is not None:
+        h.update(f"finish {s.finish}".encode())
     return h.digest()[:8]
 
 
@@ -150,6 +156,7 @@ def to_table(sequences: list[StoredSequence], checksums: list[bytes], schema: pa
         "packed": lists("packed", [s.packed_NB for s in sequences]),
         "actual_logprob": lists("actual_logprob", [s.actual_logprob_N for s in sequences]),
         "actual_rank": lists("actual_rank", [s.actual_rank_N for s in sequences]),
+        "finish": pa.array([s.finish for s in sequences], pa.string()),
         **{name: lists(name, arrays) for name, arrays in side.items()},
     }
     return pa.table([columns[name] for name in schema.names], schema=schema)
@@ -177,6 +184,7 @@ def from_table(table: pa.Table, stride: int, temperatures: tuple[float, ...]) ->
     draws: list[StoredDraws | None] = [None] * n
     if "draws" in table.column_names:
         draws = [StoredDraws(*arrays) for arrays in zip(*map(split, _DRAW_COLUMNS), strict=True)]
+    finish = table.column("finish").to_pylist() if "finish" in table.column_names else [None] * n
     doc_keys = table.column("doc_key").to_pylist()
     return [
         StoredSequence(
@@ -189,6 +197,7 @@ def from_table(table: pa.Table, stride: int, temperatures: tuple[float, ...]) ->
             entropy_N=entropy[i],
             log_tail_at={t: tails[t][i] for t in temperatures},
             draws=draws[i],
+            finish=finish[i],
         )
         for i in range(n)
     ]

@@ -202,6 +202,7 @@ class UnitTargets:
             teacher_seconds=0.0,
             entropy=self.info.entropy,
             distinct_draws=sum(len(s.draws.words_M) for s in self._sequences if s.draws is not None),
+            unfinished=sum(s.finish == "length" for s in self._sequences),
         )
 
 

@@ -9,17 +9,20 @@ import numpy as np
 from distill_ray.codec import LOG_FLOOR
 from distill_ray.codec.format import flat_rows
 from distill_ray.errors import IntegrityError
-from distill_ray.schema import Sequence, TargetRows
+from distill_ray.schema import FINISHES, Sequence, TargetRows
 from distill_ray.targets.draws import TOLERANCE, check_draws
 from distill_ray.targets.identity import CaptureIdentity
 
 
 def check_sequence(identity: CaptureIdentity, sequence: Sequence) -> None:
-    """Token ids and mask of one sequence.
+    """Token ids, mask and end of one sequence.
 
     Raises:
-        IntegrityError: empty, ids outside the vocabulary, or a mask that does not fit.
+        IntegrityError: empty, ids outside the vocabulary, a mask that does not fit, or a completion without its end.
     """
+    if (sequence.finish in FINISHES) != (identity.generate is not None):
+        wanted = "none, since the corpus gave its tokens" if identity.generate is None else " or ".join(FINISHES)
+        raise IntegrityError(f"the sequence ended by {sequence.finish!r}; expected {wanted}")
     tokens, mask = sequence.tokens, sequence.loss_mask
     if tokens.ndim != 1 or len(tokens) < 1:
         raise IntegrityError(f"tokens have shape {tokens.shape}; a sequence needs at least one token")

@@ -85,6 +85,7 @@ def encode_unit(
         teacher_seconds=teacher_seconds,
         entropy=entropy,
         distinct_draws=sum(len(s.draws.words_M) for s in stored if s.draws is not None),
+        unfinished=sum(s.finish == "length" for s in stored),
     )
     return data, summary
 
@@ -104,6 +105,7 @@ def _pack(identity: CaptureIdentity, sequence: Sequence, rows: TargetRows) -> St
         entropy_N=None if rows.entropy_N is None else np.maximum(rows.entropy_N, 0.0).astype("<f2"),
         log_tail_at={t: _log_f2(rows.log_tail_at[t]) for t in identity.extra_temperatures},
         draws=None if rows.draws is None else _pack_draws(rows.draws),
+        finish=sequence.finish,
     )
 
 

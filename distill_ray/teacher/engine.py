@@ -11,6 +11,7 @@ from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import UserError
 from distill_ray.model_config import read_config, stated_dtype
 from distill_ray.schema import TargetRows
+from distill_ray.teacher.generation import Answer
 
 CONCRETE_DTYPES = ("float32", "bfloat16", "float16")
 CapturePath = Literal["auto", "worker", "flat"]
@@ -37,6 +38,17 @@ class Engine(Protocol):
 
         Returns:
             For each sequence its N = n − 1 rows, or the reason why this one sequence cannot be scored.
+        """
+        ...
+
+    def answer(self, prompts: list[np.ndarray]) -> list[list[Answer | str]]:
+        """Complete each prompt as `capture.generate` says, and score what comes out.
+
+        Args:
+            prompts: [n] int32 token ids each, ragged.
+
+        Returns:
+            For each prompt its completions, in order, or why there is none in that place.
         """
         ...
 
@@ -133,11 +145,11 @@ def vocabulary_size(folder: Path) -> int:
     return size
 
 
-def refusal(tokens: np.ndarray, vocab_size: int, window_tokens: int) -> str | None:
-    """Why this sequence cannot be scored, or None."""
+def refusal(tokens: np.ndarray, vocab_size: int, window_tokens: int, least: int = 2) -> str | None:
+    """Why this sequence of at least `least` tokens cannot be scored, or None."""
     n = len(tokens)
-    if n < 2:
-        return f"{n} token(s): there is no next token to score; at least 2 are needed"
+    if n < least:
+        return f"{n} token(s): there is no next token to score; at least {least} are needed"
     if n > window_tokens:
         return f"{n} tokens exceed the teacher's window of {window_tokens}; split it (corpus.window_tokens)"
     low, high = int(tokens.min()), int(tokens.max())

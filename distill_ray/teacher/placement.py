@@ -11,7 +11,7 @@ _CPU_TEACHER_CPUS = 0.5
 def needed_resources(section: TeacherSection) -> dict[str, float]:
     """Ray resources of one teacher; the engine's own processes use the GPUs that Ray gives to its actor."""
     if section.use_gpu:
-        return {"GPU": section.tensor_parallel * section.pipeline_parallel}
+        return {"GPU": section.gpus}
     return {"CPU": _CPU_TEACHER_CPUS}
 
 

@@ -20,7 +20,9 @@ from distill_ray.model_config import attention_implementation
 from distill_ray.schema import Draws, TargetRows
 from distill_ray.teacher.draws import DrawSpec, draw_from_logits
 from distill_ray.teacher.engine import finite_or_reason, refusal
+from distill_ray.teacher.generation import Answer, Completion, answers, cut, joined, writing_of
 from distill_ray.teacher.seeds import row_keys, sequence_hash
+from distill_ray.teacher.transformers_generation import write_completion
 from distill_ray.teacher.wire import draws_from_words
 
 _LOGIT_BYTES = 2**30
@@ -45,6 +47,7 @@ class TransformersEngine:
             )
         self._top_k, self._temperatures = capture.top_k, capture.extra_temperatures
         self._draws = DrawSpec.of(capture)
+        self._writing = writing_of(capture, folder, section.trust_remote_code)
         self._window, self._vocab = window_tokens, vocab_size
         self._device = torch.device("cuda" if section.use_gpu else "cpu")
         if not section.use_gpu:
@@ -66,6 +69,26 @@ class TransformersEngine:
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
         return [refusal(s, self._vocab, self._window) or finite_or_reason(self._score_one(s)) for s in sequences]
+
+    def answer(self, prompts: list[np.ndarray]) -> list[list[Answer | str]]:
+        if self._writing is None:
+            raise ValueError("the capture scores what there is; answers need capture.mode='generate'")
+        written = [self._written(i, prompt) for i, prompt in enumerate(prompts)]
+        pairs = zip(prompts, written, strict=True)
+        scored = self.score([joined(p, c) for p, found in pairs for c in found if isinstance(c, Completion)])
+        return answers(prompts, written, scored)
+
+    def _written(self, number: int, prompt: np.ndarray) -> list[Completion | str]:
+        assert self._writing is not None
+        generate = self._writing.generate
+        if reason := refusal(prompt, self._vocab, self._window - generate.max_tokens, least=1):
+            return [reason] * generate.samples
+        found: list[Completion | str] = []
+        for sample in range(generate.samples):
+            one = write_completion(self._model, self._vocab, self._writing, prompt, sample, self._device)
+            dropped = one.finish == "length" and generate.unfinished == "drop"
+            found.append(cut(number, sample, generate) if dropped else one)
+        return found
 
     def dense_logprobs(self, tokens: np.ndarray) -> np.ndarray:
         """[n] token ids → [N, V] float32 log-probabilities; N·V·4 bytes.

@@ -28,7 +28,9 @@ from distill_ray.schema import TargetRows
 from distill_ray.teacher.draws import DrawSpec
 from distill_ray.teacher.engine import CapturePath, finite_or_reason, refusal
 from distill_ray.teacher.flat import rows_from_flat
+from distill_ray.teacher.generation import Answer, Completion, answers, joined, writing_of
 from distill_ray.teacher.seeds import hash_in_name, named_for_draws
+from distill_ray.teacher.vllm_generation import write_completions
 from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment
 from distill_ray.teacher.wire import row_words, rows_from_words
 
@@ -74,6 +76,7 @@ class VllmEngine:
         set_process_environment(section)
         self._top_k, self._window, self._vocab = capture.top_k, window_tokens, vocab_size
         self._temperatures, self._draws = capture.extra_temperatures, DrawSpec.of(capture)
+        self._writing = writing_of(capture, folder, section.trust_remote_code)
         self._in_flight = _WAVES_IN_FLIGHT * max(section.batch_tokens, window_tokens)
         self._request = itertools.count()
         self._engine: Any = None
@@ -147,6 +150,16 @@ class VllmEngine:
                         results[i] = rows
                 queued, ready, finished = queued - ready, 0, []
         return [r for r in results if r is not None]
+
+    def answer(self, prompts: list[np.ndarray]) -> list[list[Answer | str]]:
+        if self._writing is None:
+            raise ValueError("the capture scores what there is; answers need capture.mode='generate'")
+        room = self._window - self._writing.generate.max_tokens
+        refused = [refusal(p, self._vocab, room, least=1) for p in prompts]
+        written = write_completions(self._engine, self._or_die, self._writing, prompts, refused)
+        pairs = zip(prompts, written, strict=True)
+        scored = self.score([joined(p, c) for p, found in pairs for c in found if isinstance(c, Completion)])
+        return answers(prompts, written, scored)
 
     def _submit(self, tokens: np.ndarray) -> tuple[str, str]:
         """Queue one sequence; its name outside and inside the engine, which makes names unique."""

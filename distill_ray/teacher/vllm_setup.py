@@ -30,12 +30,20 @@ def engine_arguments(
         # Of one request, so many rows meet the head at once as [rows, V] float32, outside vLLM's memory profile.
         chunk = min(window_tokens, max(64, _HEAD_BYTES // (4 * vocab_size)))
         of_path = {"long_prefill_token_threshold": chunk}
+    if capture.generate is not None and not section.use_gpu:
+        # vLLM 0.32 takes back what a request's own generator drew for a prompt's chunk, which CPU generators refuse.
+        of_path.pop("long_prefill_token_threshold", None)
+        of_path["enable_chunked_prefill"] = False
+        most = max(section.batch_tokens, window_tokens + 1)
+    else:
+        most = section.batch_tokens
     return (
         on_gpu
         | of_path
         | {
             "model": str(folder),
-            "skip_tokenizer_init": True,
+            # Token ids go in and come out; only a stop text has to be looked for in text.
+            "skip_tokenizer_init": capture.generate is None or not capture.generate.stop,
             "dtype": section.dtype,
             "quantization": section.quantization,
             "trust_remote_code": section.trust_remote_code,
@@ -44,7 +52,7 @@ def engine_arguments(
             "distributed_executor_backend": "mp" if apart else None,
             # A prompt of exactly max_model_len is rejected: there must be room for the one token that is generated.
             "max_model_len": window_tokens + 1,
-            "max_num_batched_tokens": section.batch_tokens,
+            "max_num_batched_tokens": most,
             "max_num_seqs": min(256, section.batch_tokens),
             "max_logprobs": capture.top_k,
             # With it, the rows of a shared prefix would be skipped.

@@ -7,6 +7,8 @@ from typing import Any
 
 from distill_ray.session import on_this_node
 
+GO, STOP, LEAVE = 0, 1, 2
+
 
 @dataclass
 class News:
@@ -22,9 +24,19 @@ class Board:
     def __init__(self) -> None:
         self._news = News()
         self._stop = False
+        self._leave = False
         self._error: Exception | None = None
         self._final = False
         self._placed = False
+        self._sized = False
+
+    def size(self) -> None:
+        """An elastic group's number of workers has been chosen, so Ray Train now asks for their places."""
+        self._sized = True
+
+    def sized(self) -> bool:
+        """Whether that has happened."""
+        return self._sized
 
     def enter(self) -> None:
         """A worker has been placed on the cluster and runs."""
@@ -36,12 +48,13 @@ class Board:
 
     def start(self, step: int) -> None:
         """The workers are ready and go on from `step`."""
+        self._leave = False
         self._news.steps.append({"start": step})
 
-    def post(self, line: dict[str, float]) -> bool:
-        """One finished step; answers whether to stop."""
+    def post(self, line: dict[str, float]) -> int:
+        """One finished step; answers GO, STOP or LEAVE."""
         self._news.steps.append(line)
-        return self._stop
+        return STOP if self._stop else LEAVE if self._leave else GO
 
     def note(self, text: str) -> None:
         """A sentence for the user."""
@@ -59,6 +72,10 @@ class Board:
     def ask_stop(self) -> None:
         """The driver wants the workers to save and return."""
         self._stop = True
+
+    def ask_leave(self) -> None:
+        """The group is to save and be started again at another size."""
+        self._leave = True
 
     def stopping(self) -> bool:
         """Whether the driver wants them to."""

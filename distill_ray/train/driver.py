@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 import threading
 import time
@@ -16,10 +18,12 @@ from distill_ray.storage import Storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
 from distill_ray.train.board import Board, News, start_board
-from distill_ray.train.placement import describe, is_waiting, worker_resources
+from distill_ray.train.job import Job, make_plan
+from distill_ray.train.placement import describe, is_elastic, is_waiting, worker_resources
+from distill_ray.train.preemption import POLL_S, POLL_VARIABLE
 from distill_ray.train.restoring import check_newest
 from distill_ray.train.result import published_student
-from distill_ray.train.worker import Job, make_plan, work
+from distill_ray.train.worker import work
 
 _SHOWN = ("loss", "kl_t1", "lr")
 _SAY_WAITING_S = 10.0
@@ -134,7 +138,12 @@ def _trainer(job: Job, folder: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from distill_ray.train.callbacks import Leave, Settle
+
     train = job.recipe.train
+    elastic = is_elastic(train)
+    callbacks: Any = [Leave()] + ([Settle(train, job.board)] if elastic else [])
+    os.environ.setdefault(POLL_VARIABLE, str(POLL_S))  # of this actor's own process; Ray Train hands it on
     # Ray Train keeps only its own notes here; checkpoints go to storage by our manifests. A fresh name each time: the
     # notes of a killed driver must not speak to this one.
     name = f"{job.recipe.name}-{job.recipe.version}-e{job.token.epoch}-{uuid.uuid4().hex[:8]}"
@@ -142,13 +151,21 @@ def _trainer(job: Job, folder: str) -> Any:
         work,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=train.workers.max, use_gpu=train.use_gpu, resources_per_worker=worker_resources(train)
+            num_workers=(train.workers.min, train.workers.max) if elastic else train.workers.max,
+            use_gpu=train.use_gpu,
+            resources_per_worker=worker_resources(train),
+            elastic_resize_monitor_interval_s=math.inf,
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         run_config=RunConfig(
             name=name,
             storage_path=folder,
-            failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=_GROUP_STARTS),
+            failure_config=FailureConfig(
+                max_failures=train.max_failures,
+                max_preemption_failures=train.max_preemption_failures,
+                controller_failure_limit=_GROUP_STARTS,
+            ),
+            callbacks=callbacks,
         ),
     )
 
@@ -170,7 +187,7 @@ class _Wait:
         if self._over or now - self._begun < _SAY_WAITING_S:
             return
         self._over = ray.get(self._board.placed.remote())
-        if self._over or not is_waiting():
+        if self._over or not is_waiting(self._train, ray.get(self._board.sized.remote())):
             return
         if self._since is None:
             self._since = now
@@ -178,7 +195,7 @@ class _Wait:
         elif now - self._since > self._limit_s:
             raise UserError(
                 f"no room for the training workers after {now - self._since:.0f} s: {describe(self._train)}; lower "
-                "train.workers.max, add nodes, or end what else runs on the cluster; the same command goes on from here"
+                "it, add nodes, or end what else runs on the cluster; the same command goes on from here"
             )
 
 
@@ -206,10 +223,10 @@ def _relay(news: News, shown: Progress, position: int) -> int:
     for line in news.steps:
         if "start" in line:
             # A restarted group goes back to its checkpoint; so does the bar.
-            shown.advance(int(line["start"]) - position)
+            shown.skip(int(line["start"]) - position)
             position = int(line["start"])
         else:
-            shown.advance(1, **{name: line[name] for name in _SHOWN})
+            shown.advance(1, **{name: line[name] for name in _SHOWN if name in line})
             position += 1
     return position
 
@@ -230,6 +247,7 @@ def _outcome(
     if error is not None:
         raise error
     from ray.train import ControllerError
+    from ray.train.v2.api.exceptions import PreemptionError
 
     if isinstance(failed, ControllerError):
         raise DistillError(
@@ -238,6 +256,11 @@ def _outcome(
         ) from failed
     if failed is not None and is_death(failed):
         raise died("the process that directs the training died", failed) from failed
+    if isinstance(failed, PreemptionError):
+        raise DistillError(
+            f"nodes were taken away with notice more than {recipe.train.max_preemption_failures} time(s) "
+            f"(train.max_preemption_failures); the same command goes on from the last checkpoint ({failed})"
+        ) from failed
     raise DistillError(
         f"training failed {recipe.train.max_failures + 1} time(s) (train.max_failures={recipe.train.max_failures}): "
         f"{failed}"

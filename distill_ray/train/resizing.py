@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from distill_ray import checkpoints
 from distill_ray.train.result import HISTORY_FILE
+from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
-    from distill_ray.train.worker import Job
+    from distill_ray.train.job import Job
 
 
 def for_any_size(job: Job, manifest: checkpoints.Manifest, say: Callable[[str], None]) -> checkpoints.Manifest:
@@ -35,15 +35,16 @@ def for_any_size(job: Job, manifest: checkpoints.Manifest, say: Callable[[str], 
     if found is not None:
         return found
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="distill-ray-convert-") as work:
+    with Scratch("convert") as work:
         saved, converted = Path(work) / "saved", Path(work) / "converted"
         checkpoints.restore(job.storage, manifest, [f.name for f in manifest.files], saved)
         convert(saved, converted, manifest.zero_stage, max(1, len(os.sched_getaffinity(0)) // 2))
         shutil.copyfile(saved / HISTORY_FILE, converted / HISTORY_FILE)
-        stored = checkpoints.store_universal(job.storage, job.token, manifest, converted)
-    size = sum(f.size for f in stored.files) / 2**30
+        seconds = time.monotonic() - started
+        stored = checkpoints.store_universal(job.storage, job.token, manifest, converted, seconds=seconds)
+    size, before = (sum(f.size for f in m.files) / 2**30 for m in (stored, manifest))
     say(
         f"checkpoint of step {manifest.step} was saved by {manifest.world_size} workers; converted for any number in "
-        f"{time.monotonic() - started:.0f} s, {size:.3g} GiB"
+        f"{time.monotonic() - started:.0f} s, {size:.3g} GiB, with {size + before:.3g} GiB of local disk"
     )
     return stored

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill_ray import checkpoints
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, IntegrityError, UserError
 from distill_ray.storage import Storage
 from distill_ray.train.result import HISTORY_FILE
+from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
     from distill_ray.student.engine import StudentEngine
-    from distill_ray.train.worker import Job
+    from distill_ray.train.job import Job
+
+T = TypeVar("T")
+_MEET_S = 60.0
 
 
 def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, list[dict[str, float]]]:
     """Load the newest whole checkpoint into `engine`, the same on every rank.
 
     Rank 0 chooses. If any rank finds one of its files missing or altered, all of them go back one checkpoint, before
-    anything was unpickled.
+    anything was unpickled; a damaged conversion is first made anew.
 
     Args:
         job: the run.
@@ -40,7 +46,7 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
 
     from distill_ray.student.engine import check_resumable
 
-    broken: set[int] = set()
+    broken, made_anew = set[int](), set[int]()
     while True:
         choice: list[checkpoints.Manifest | None] = [None]
         if engine.rank == 0:
@@ -58,12 +64,27 @@ def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, lis
             manifest = _converted(job, engine, manifest, broken)
             if manifest is None:
                 continue
-        with tempfile.TemporaryDirectory(prefix="distill-ray-restore-") as folder:
-            problems = [p for p in _everyones_problem(job, engine, manifest, Path(folder)) if p]
+        with Scratch("restore") as own:
+            # Of a conversion every rank reads every file: one copy a node, or eight of them fill its disk.
+            folder = _of_this_node(own) if resized else Path(own)
+            names = [f.name for f in manifest.files]
+            if folder != Path(own):
+                names = []
+            elif not resized:
+                names = engine.needed(names, engine.rank)
+            problems = [p for p in _everyones_problem(job, manifest, names, engine.place(folder)) if p]
             if not problems:
-                engine.load(Path(folder), universal=resized)
-                lines = (engine.place(Path(folder)) / HISTORY_FILE).read_text().splitlines()
+                engine.load(folder, universal=resized)
+                lines = (engine.place(folder) / HISTORY_FILE).read_text().splitlines()
+                dist.barrier()  # another rank may still read what lies here
                 return manifest.step, [json.loads(line) for line in lines]
+        if resized and manifest.step not in made_anew:
+            # Sizes alone said that it is whole. What it was made from may be sound: no step is given up yet.
+            made_anew.add(manifest.step)
+            if engine.rank == 0:
+                checkpoints.forget_universal(job.storage, job.token, manifest.step)
+                _say(job, f"the conversion of step {manifest.step} is damaged and made anew: {problems[0]}")
+            continue
         broken.add(manifest.step)
         if engine.rank == 0:
             _say(
@@ -75,23 +96,43 @@ def _converted(
     job: Job, engine: StudentEngine, manifest: checkpoints.Manifest, broken: set[int]
 ) -> checkpoints.Manifest | None:
     """The checkpoint for this number of workers; None, and its step `broken`, where a file of it is. A collective."""
-    import torch.distributed as dist
-
     from distill_ray.train.resizing import for_any_size
 
-    box: list[Any] = [None, None]
-    if engine.rank == 0:
+    def convert() -> checkpoints.Manifest | DistillError | None:
+        if engine.rank != 0:
+            return None
         try:
-            box[0] = for_any_size(job, manifest, lambda text: _say(job, text))
+            return for_any_size(job, manifest, lambda text: _say(job, text))
         except IntegrityError as error:
             broken.add(manifest.step)
             _say(job, f"checkpoint of step {manifest.step} is broken and not used: {error}; trying the one before")
+            return None
         except DistillError as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+            return error
+
+    found = _patiently(convert)[0]
+    if isinstance(found, DistillError):
+        raise found
+    return found
+
+
+def _patiently(act: Callable[[], T]) -> list[T]:
+    """Every rank acts, and gets what all of them answer. A collective.
+
+    Hundreds of gigabytes take longer to move than a process group lets a rank wait in a collective (Ray Train: half an
+    hour), so the ranks meet again and again until all are done.
+    """
+    import torch.distributed as dist
+
+    done = [False] * dist.get_world_size()
+    with ThreadPoolExecutor(1, "restore") as pool:
+        mine = pool.submit(act)
+        while not all(done):
+            wait([mine], timeout=_MEET_S)
+            dist.all_gather_object(done, mine.done())
+    answers: list[Any] = [None] * len(done)
+    dist.all_gather_object(answers, mine.result())
+    return answers
 
 
 def check_newest(recipe: Recipe, storage: Storage, plan: str) -> None:
@@ -122,22 +163,25 @@ def check_plan(manifest: checkpoints.Manifest, plan: str) -> None:
         )
 
 
-def _everyones_problem(
-    job: Job, engine: StudentEngine, manifest: checkpoints.Manifest, folder: Path
-) -> list[str | None]:
+def _of_this_node(own: str) -> Path:
+    """The folder of the first rank on this machine. A collective."""
     import torch.distributed as dist
 
-    mine: str | None = None
-    try:
-        names = [f.name for f in manifest.files]
-        if manifest.world_size == engine.world:
-            names = engine.needed(names, engine.rank)
-        checkpoints.restore(job.storage, manifest, names, engine.place(folder))
-    except IntegrityError as error:
-        mine = str(error)
-    problems: list[str | None] = [None] * engine.world
-    dist.all_gather_object(problems, mine)
-    return problems
+    here = os.environ.get("NODE_RANK", "0")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (here, own))
+    return Path(next(folder for node, folder in everyone if node == here))
+
+
+def _everyones_problem(job: Job, manifest: checkpoints.Manifest, names: list[str], folder: Path) -> list[str | None]:
+    def restore() -> str | None:
+        try:
+            checkpoints.restore(job.storage, manifest, names, folder)
+        except IntegrityError as error:
+            return str(error)
+        return None
+
+    return _patiently(restore)
 
 
 def _say(job: Job, text: str) -> None:

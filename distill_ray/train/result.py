@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,13 @@ from distill_ray.lease import (
     store_folder,
 )
 from distill_ray.storage import Storage
+from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from distill_ray.train.worker import Job
+    from distill_ray.train.job import Job
 
 
 HISTORY_FILE = "metrics.jsonl"
@@ -77,7 +77,7 @@ def publish_student(
     lora, steps = job.recipe.student.lora, len(history)
     # With the epoch in the key, a driver that lost its lease cannot touch its successor's files.
     prefix = f"{job.token.run_prefix}/student/e{job.token.epoch:04d}"
-    with tempfile.TemporaryDirectory(prefix="distill-ray-student-") as folder:
+    with Scratch("student") as folder:
         write_folder(model, merge_lora(state, lora) if lora else state, teacher_folder, Path(folder))
         entry = store_folder(job.storage, job.token, prefix, Path(folder), {"step": steps})
     stored = store_history(job.storage, job.token, history)

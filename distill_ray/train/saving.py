@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from distill_ray import checkpoints
 from distill_ray.checkpoints import StoredFile
 from distill_ray.lease import LeaseToken
 from distill_ray.storage import Storage
+from distill_ray.train.scratch import Scratch
 
 Write = Callable[[Path], list[Path]]
 """Writes this rank's files of a checkpoint under a folder; returns them."""
@@ -22,7 +22,7 @@ Publish = Callable[[list[StoredFile]], None]
 
 @dataclass
 class _Flight:
-    folder: tempfile.TemporaryDirectory[str]
+    folder: Scratch
     files: Future[list[StoredFile]]
     publish: Publish
 
@@ -71,7 +71,7 @@ class Saver:
         """
         assert self._flight is None, "one at a time"
         started = time.perf_counter()
-        folder = tempfile.TemporaryDirectory(prefix="distill-ray-save-")
+        folder = Scratch("save")
         paths = write(Path(folder.name))
         files = self._uploads.submit(checkpoints.upload, self._storage, self._token, step, paths)
         self._flight = _Flight(folder, files, publish)

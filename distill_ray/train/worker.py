@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from distill_ray import checkpoints
-from distill_ray.config import Recipe
-from distill_ray.errors import DistillError, UserError
-from distill_ray.ingest import BatchPlan, build_plan, open_cache
-from distill_ray.lease import LeaseToken
-from distill_ray.storage import Storage, StorageError, stage_folder
-from distill_ray.targets import RunManifest
+from distill_ray.errors import DistillError
+from distill_ray.ingest import open_cache
+from distill_ray.storage import StorageError, stage_folder
+from distill_ray.train import preemption
+from distill_ray.train.bad_loss import check, line_of, spike_bound
+from distill_ray.train.board import GO, LEAVE, STOP
+from distill_ray.train.job import Job, make_plan
+from distill_ray.train.keeping import Keeper
 from distill_ray.train.restoring import restore_newest
-from distill_ray.train.result import HISTORY_FILE, publish_student, published_student, store_history, to_lines
+from distill_ray.train.result import publish_student, published_student, store_history
 from distill_ray.train.saving import Saver
 
 if TYPE_CHECKING:
@@ -30,45 +30,24 @@ if TYPE_CHECKING:
     from distill_ray.student.engine import StepResult, StudentEngine
 
 T = TypeVar("T")
+STOPPED = "stopped"
 _HISTORY_EVERY_S = 30.0
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything a worker needs; travels to it once."""
+def work(config: dict[str, Job]) -> str | None:
+    """Ray Train's entry point on each worker. Errors that a retry cannot mend are marked final on the board.
 
-    recipe: Recipe
-    storage: Storage
-    manifest: RunManifest
-    token: LeaseToken
-    board: Any
-    """Handle of the `Board` actor."""
-
-
-def make_plan(recipe: Recipe, manifest: RunManifest) -> BatchPlan:
-    """Every training batch of the run; the same on every worker and after every resume."""
-    train = recipe.train
-    return build_plan(
-        manifest,
-        holdout=recipe.corpus.holdout,
-        split="train",
-        seed=train.seed,
-        epochs=train.epochs,
-        pack_tokens=train.pack_tokens,
-        packs_per_batch=train.packs_per_batch,
-    )
-
-
-def work(config: dict[str, Job]) -> None:
-    """Ray Train's entry point on each worker. Errors that a retry cannot mend are marked final on the board."""
+    Returns:
+        `preemption.LEFT` where the group is to be started again.
+    """
     import ray
 
     job = config["job"]
     ray.get(job.board.enter.remote())
     if ray.get(job.board.final_error.remote()):
-        return
+        return None
     try:
-        _Run(job).run()
+        return _Run(job).run()
     except DistillError as error:
         # A store that does not answer may answer the restarted group; a wrong recipe or a lost lease stays so.
         ray.get(job.board.fail.remote(error, not isinstance(error, StorageError)))
@@ -111,10 +90,11 @@ class _Run:
         self.digest = self.plan.digest
         self.history: list[dict[str, float]] = []
         self.student_ids: int | None = None
+        self.told = GO
         self._stored_at = time.monotonic()
 
-    def run(self) -> None:
-        """Restore, train to the end of the plan or to a stop, save or publish."""
+    def run(self) -> str | None:
+        """Restore, train to the end of the plan or to a stop, save or publish; says why it ended before the end."""
         import ray
 
         # Its weights are wanted only where the student is cut from them.
@@ -123,33 +103,61 @@ class _Run:
         engine, model = self._start(teacher_folder)
         # Not before the engine has given each rank its GPU: a collective would put all of them on the first one.
         if self._on_rank_0(self._nothing_to_do):
-            return
+            return None
         start, self.history = restore_newest(self.job, engine, self.digest)
         if self.rank == 0:
             ray.get(self.job.board.start.remote(start))
-        stop, saver = False, Saver(self.storage, self.token)
+        ended = self._train(engine, start)
+        if ended is None:
+            self._finish(engine, model, teacher_folder)
+        return ended
+
+    def _train(self, engine: StudentEngine, start: int) -> str | None:
+        """Every step from `start` on; says why where it ended early, for a stop or because a node goes."""
+        saver = Saver(self.storage, self.token)
+        keeper = Keeper(self.job, saver, engine, self.digest, self._say)
         with self._batches(start) as batches:
             waited = _Waited(batches)
             for step in range(start, self.plan.steps):
-                begun, waited.seconds = time.perf_counter(), 0.0
-                result = engine.train_step(waited, self.plan.steps, flag=int(stop), arrived=int(saver.arrived))
-                seconds = time.perf_counter() - begun
-                if result.arrived == self.world:
-                    saver.land()
-                saver.check()
-                stop = self._record(
-                    step, result, {"seconds": seconds, "data_s": waited.seconds, "save_s": saver.take()}
-                )
-                done = step + 1 == self.plan.steps
-                if not done and (result.flags or (step + 1) % self.recipe.train.checkpoint_every == 0):
-                    self._save(saver, engine, step + 1)
-                if result.flags and not done:
+                result = self._step(engine, saver, waited, step)
+                ends = bool(result.flags or result.leaving)
+                if step + 1 == self.plan.steps:
+                    break
+                if ends or (step + 1) % self.recipe.train.checkpoint_every == 0:
+                    keeper.save(step + 1, self.history)
+                if ends:
                     saver.drain()
-                    if self.rank == 0:
-                        self._store_history()
-                    return
+                    self._on_rank_0(self._store_history)
+                    return STOPPED if result.flags else self._left(step + 1)
         saver.drain()
-        self._finish(engine, model, teacher_folder)
+        return None
+
+    def _left(self, steps: int) -> str:
+        why = "there is room for more workers" if self.told == LEAVE else "a node is about to be taken away"
+        self._say(f"{why}: the workers leave after {steps} steps, which are saved")
+        return preemption.LEFT
+
+    def _step(self, engine: StudentEngine, saver: Saver, batches: _Waited, step: int) -> StepResult:
+        """One step and its line; on rank 0 also what is to be done after it."""
+        train = self.recipe.train
+        begun, batches.seconds = time.perf_counter(), 0.0
+        bound = spike_bound(train, self.history)
+        result = engine.train_step(
+            batches,
+            self.plan.steps,
+            flag=int(self.told == STOP),
+            arrived=int(saver.arrived),
+            leave=lambda: self.told == LEAVE or preemption.notice() is not None,
+            skip_above=bound if train.on_bad_loss == "skip" else None,
+        )
+        seconds = time.perf_counter() - begun
+        if result.arrived == self.world:
+            saver.land()
+        saver.check()
+        good = check(train, step, result, bound, self.history)
+        times = {"seconds": seconds, "data_s": batches.seconds, "save_s": saver.take()}
+        self.told = self._record(step, result, times, good)
+        return result
 
     def _nothing_to_do(self) -> bool:
         """A group restarted after the last publication would train again and write over what is published."""
@@ -199,55 +207,22 @@ class _Run:
             start_step=start,
         )
 
-    def _record(self, step: int, result: StepResult, times: dict[str, float]) -> bool:
-        """Keep the step's line; on rank 0 also tell the driver, and answer whether it wants to stop."""
+    def _record(self, step: int, result: StepResult, times: dict[str, float], good: bool) -> int:
+        """Keep the step's line; on rank 0 also tell the driver, and answer whether to go on, stop or leave."""
         import ray
 
-        if not math.isfinite(result.loss):
-            raise UserError(
-                f"the loss of step {step} is {result.loss}; lower "
-                f"train.learning_rate={self.recipe.train.learning_rate} or "
-                'use train.precision = "fp32", and give a new --version'
-            )
-        line = {"step": step, **asdict(result), **{name: round(s, 6) for name, s in times.items()}}
-        del line["flags"], line["arrived"]
+        figures = {**asdict(result), **{name: round(s, 6) for name, s in times.items()}}
+        for name in ("flags", "arrived", "leaving", "skipped"):
+            del figures[name]
+        line = line_of(step, figures, good)
+        if not good:
+            self._say(f"step {step} was skipped: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}")
         self.history.append(line)
         if self.rank != 0:
-            return False
+            return GO
         if time.monotonic() - self._stored_at > _HISTORY_EVERY_S:
             self._store_history()
-        return bool(ray.get(self.job.board.post.remote(line)))
-
-    def _save(self, saver: Saver, engine: StudentEngine, step: int) -> None:
-        """Write the state; it is uploaded and published beside the next steps."""
-        if saver.in_flight:
-            self._say(f"the checkpoint before step {step} is still being stored, so training waits for it")
-            saver.land()
-        history = list(self.history)
-
-        def write(folder: Path) -> list[Path]:
-            paths = engine.save(folder)
-            if self.rank == 0:
-                paths.append(folder / HISTORY_FILE)
-                paths[-1].write_bytes(to_lines(history))
-            return paths
-
-        saver.begin(step, write, lambda files: self._publish(step, history, files))
-
-    def _publish(self, step: int, history: list[dict[str, float]], files: list[checkpoints.StoredFile]) -> None:
-        train = self.recipe.train
-        recent = [line["loss"] for line in history[-train.checkpoint_every :]]
-        checkpoints.publish(
-            self.storage,
-            self.token,
-            step,
-            files,
-            loss=sum(recent) / len(recent),
-            world_size=self.world,
-            zero_stage=train.zero_stage,
-            plan=self.digest,
-        )
-        checkpoints.prune(self.storage, self.token, keep=train.keep_checkpoints)
+        return ray.get(self.job.board.post.remote(line))
 
     def _finish(self, engine: StudentEngine, model: PreTrainedModel, teacher_folder: Path) -> None:
         state = engine.export_state()

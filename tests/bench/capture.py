@@ -12,6 +12,8 @@ times them within seconds of each other, and figures are medians of each round's
 (engine without capture + bare head matmul and one read of each logit) / engine with capture, all three in the same
 vLLM worker; the head is the fastest of several ways. Peaks are sums over an engine's processes after one pass over the
 sequences, before anything else was asked of it.
+
+How much of its time a teacher waits in a whole capture is `python -m tests.bench idle`.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def audit_whole(job: Job, unit: str, scorer: Scorer) -> Found | None:
     identity, stored = manifest.identity, next(u for u in manifest.units if u.unit == unit)
     tokenizer = corpus.load_tokenizer(recipe.teacher.model, False)
     (source,) = [u for u in corpus.plan_units(recipe.corpus, identity.tokenizer, storage) if u.hash == unit]
-    found = check_unit(storage, identity, recipe.corpus, tokenizer, source, stored.object_sha256)
+    found = check_unit(storage, identity, recipe, tokenizer, source, stored.object_sha256)
     places = tuple(range(len(stored.lengths)))
     return found or score_again(storage, identity, scorer, tolerance_of("float32", None), unit, places).difference
 
@@ -190,3 +190,16 @@ def test_what_vllms_workers_captured_is_what_its_public_path_gives(tmp_path: Pat
     planted = plant(job, one_swapped_id)
     failed = job.call("--unit", planted.unit, command="audit", code=1)
     assert f"sequence {planted.sequence}, position {planted.position}:" in failed.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drawn", ["draws = 20", 'draws = 8\ndraws_from = "tail"\ndraws_temperature = 2.0'])
+def test_drawn_tokens_of_vllms_workers_pass_its_public_path(drawn: str, tmp_path: Path):
+    wide = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
+    edits = {"[audit]": f"temperatures = [2.0]\n{drawn}\n[audit]"}
+    job = Job(tmp_path, str(tmp_path / "root"), engine="vllm", teacher=wide, audit=6, edits=edits)
+    passed = job.call(command="audit")
+    print(passed.stderr)
+    assert "drawn tokens are held to their log-probabilities" in passed.stderr
+    entry = job.published()["audit"]
+    assert (entry["passed"], entry["path"], entry["sequences"]) == (True, "vLLM's public path", 6)

@@ -132,9 +132,14 @@ def test_second_run_captures_nothing_and_a_new_file_only_its_units(tmp_path: Pat
     before = _run(recipe, factory)
     assert len(before.units) > 1
     assert (_entry(recipe)["captured"], _entry(recipe)["reused"]) == (len(before.units), 0)
+    spent = _entry(recipe)["teacher_of_command"]
+    assert spent["actors"] == 1
+    assert spent["busy_s"] >= sum(u.teacher_seconds for u in before.units) - 1e-3 > 0
+    assert spent["idle_s"] > 0
     again = _run(recipe, factory)
     assert [u.object_sha256 for u in again.units] == [u.object_sha256 for u in before.units]
     assert (_entry(recipe)["captured"], _entry(recipe)["reused"]) == (0, len(before.units))
+    assert _entry(recipe)["teacher_of_command"]["actors"] == 0
     objects = {p: p.stat().st_mtime_ns for p in (tmp_path / "root").glob("targets/*/*.parquet")}
 
     with gzip.open(first.parent / "b.jsonl.gz", "wt") as stream:
@@ -233,6 +238,43 @@ def test_what_a_teacher_has_to_say_is_said_once(tmp_path: Path) -> None:
     manifest = _run(_recipe(tmp_path / "root", f"{tmp_path}/corpus/*"), ShortTeacher, Listener)
     assert len(manifest.units) > 1
     assert notes == ["teacher: it makes its rows up"]
+
+
+def test_a_pool_with_work_for_more_teachers_grows(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS * 400)
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", teacher={"replicas": {"min": 1, "max": 2}})
+    manifest = _run(recipe, partial(ShortTeacher, seconds=1.5))
+    assert len(manifest.units) >= 12
+    spent = _entry(recipe)["teacher_of_command"]
+    assert spent["actors"] == 2
+    assert spent["busy_s"] >= 1.5 * len(manifest.units) - 1e-3
+
+
+def test_progress_tells_the_time_left_by_bytes_and_the_teachers_hours(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", TEXTS * 200)
+    lines: list[dict[str, Any]] = []
+
+    class Listener(Progress):
+        def advance(self, count: int = 1, weight: float | None = None, **fields: Any) -> None:
+            super().advance(count, weight, **fields)
+            assert weight is not None
+            assert self._pace.left is not None
+            lines.append({"bytes": weight, "left": self._pace.left, **fields})
+
+    recipe = _recipe(
+        tmp_path / "root", f"{tmp_path}/corpus/*", teacher={"use_gpu": False}, cost={"teacher_gpu_hour": 1.0}
+    )
+    manifest = _run(recipe, partial(ShortTeacher, seconds=0.05), Listener)
+    size = (tmp_path / "corpus" / "a.jsonl").stat().st_size
+    assert len(lines) == len(manifest.units) > 5
+    assert sum(line["bytes"] for line in lines) == size
+    assert (lines[-1]["left"], lines[-1]["rows_left"]) == (0, 0)
+    half = lines[len(lines) // 2]
+    assert half["rows_left"] == pytest.approx(manifest.rows * half["left"] / size, rel=0.05)
+    assert half["rows_per_s"] > 0
+    assert 0 <= half["teacher_idle_share"] < 1
+    assert lines[-1]["teacher_hours"] * 3600 >= 0.05 * len(lines) - 0.2
+    assert lines[-1]["teacher_dollars"] == 0  # no GPU
 
 
 def test_stop_keeps_and_indexes_what_is_finished(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ def test_the_report_tells_teacher_before_and_after(done: Job):
     assert report["teacher"]["kl_t1"] == pytest.approx(0, abs=1e-6)
     assert report["teacher"]["top1_agreement"] == 1
     assert {"capture", "train"} <= set(report["timings"]["seconds"])
+    assert report["timings"]["teacher_of_command"] == done.published()["targets"]["teacher_of_command"]
+    assert report["timings"]["teacher_of_command"]["actors"] == 1
+    assert "1 actor(s) of the last capture command" in Path(done.root, "runs/tiny/v1/report.html").read_text()
 
 
 def test_again_is_quick_and_recomputes_nothing(done: Job):

@@ -170,6 +170,7 @@ def test_stop_then_two_broken_checkpoints_fall_back_and_end_at_the_same_loss(
     assert run.losses() == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.long
 def test_another_number_of_workers_goes_on_from_the_checkpoint_and_ends_at_the_same_loss(
     root: Path, reference: list[float]
 ) -> None:

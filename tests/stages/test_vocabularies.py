@@ -29,6 +29,7 @@ def _with_rows(folder: Path, rows: int) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster_address")
 def test_capture_train_and_evaluate_with_three_vocabulary_sizes(tmp_path: Path):
     teacher, student = _with_rows(tmp_path / "teacher", TEACHER_ROWS), _with_rows(tmp_path / "student", STUDENT_ROWS)

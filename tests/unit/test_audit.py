@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -423,6 +424,17 @@ def test_more_than_there_are_is_all_of_them_and_named_units_are_taken_whole() ->
     assert len(whole(manifest, [name, name])) == 1
     with pytest.raises(UserError, match="uses no unit abc"):
         whole(manifest, [name, "abc"])
+
+
+def test_a_sample_of_very_many_units_makes_objects_of_the_sampled_alone() -> None:
+    manifest = _manifest([2] * 5000)
+    name = manifest.units[4999].unit
+    tracemalloc.start()
+    assert len(choose(manifest, "seed", 8)) == 8
+    assert whole(manifest, [name])[0].unit.unit == name
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 * len(manifest.units), "objects of all units take over a kilobyte each"
 
 
 def test_the_sources_of_sampled_units_are_found_in_the_plan_and_lost_ones_named(tmp_path: Path) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 
 import numpy as np
 import pytest
 import torch
 
+from distill_ray.targets.validate import check_rows
 from distill_ray.teacher.flat import rows_from_flat
 from distill_ray.units import HASH
 from tests.bench import __main__ as command
-from tests.bench import capture, plan
+from tests.bench import capture, idle, plan
 from tests.bench.engines import EngineProcess
 from tests.bench.measure import apart, medians, peak_mib
 from tests.bench.paged import PAGE, PagedStorage
 from tests.bench.rivals import rows_from_dicts
+from tests.unit.targets_fakes import identity
 
 
 def take(mib: int) -> None:
@@ -160,3 +163,41 @@ def test_ratios_are_medians_of_each_rounds_own():
 def test_an_engine_that_fails_shows_its_log(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)engine's process failed.*UserError.*no-model"):
         EngineProcess("worker", tmp_path / "no-model", tmp_path / "log")
+
+
+def test_the_simulated_teachers_rows_are_sound_and_come_at_its_rate(tmp_path):
+    teacher = idle.SimulatedTeacher(2000, tmp_path / "log")
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, idle.VOCAB, n).astype(np.int32) for n in (400, 2, 300)]
+    sequences[0][1:40] = teacher._pool_PW[np.arange(39) + int(sequences[0][0]) & idle.POOL_ROWS - 1, 5]  # kept anyway
+    started = time.monotonic()
+    found = teacher.score(sequences)
+    assert time.monotonic() - started >= (399 + 1 + 299) / 2000
+    of = identity(idle.VOCAB, idle.K, (1.0,))
+    for tokens, rows in zip(sequences, found, strict=True):
+        assert 0.85 < check_rows(of, tokens, rows).mean() < 0.95
+    ranks = np.concatenate([r.actual_rank_N for r in found])
+    assert (ranks[:39] == 6).all()
+    assert 0 < (ranks > idle.K).mean() < 0.2
+
+
+def test_the_idle_share_counts_the_wait_for_the_first_unit_and_the_start_apart():
+    spent = {"actors": 1, "start_s": 20.0, "staging_s": 5.0, "busy_s": 76.0, "idle_s": 4.0}
+    uploads = [{"seconds": s, "bytes": 2**20} for s in (1.0, 9.0, 2.0)]
+    found = idle.figures(spent, 1520, uploads)
+    assert found["capture.teacher_idle_share"] == 0.05
+    assert found["capture.teacher_idle_share_with_start"] == 0.24
+    assert (found["capture.idle_rows_per_s"], found["capture.idle_rows_per_busy_s"]) == (19, 20)
+    assert (found["capture.idle_units"], found["capture.idle_upload_s"]) == (3, 2.0)
+
+
+def test_waits_are_told_by_when_the_engine_had_its_units():
+    found = idle.waited([(1.0, 1.0), (5.0, 8.0), (8.5, 10.0), (10.5, 12.0), (14.0, 15.0)])
+    assert found == {"capture.idle_first_wait_s": 4, "capture.idle_wait_s": 0.5, "capture.idle_longest_wait_s": 2}
+
+
+def test_no_document_of_the_idle_bench_comes_twice(tmp_path):
+    idle.write_corpus(tmp_path / "corpus.jsonl", 1 << 20)
+    lines = (tmp_path / "corpus.jsonl").read_text().splitlines()
+    assert len(set(lines)) == len(lines) > 100
+    assert (tmp_path / "corpus.jsonl").stat().st_size < (1 << 20) + (1 << 14)

@@ -114,6 +114,17 @@ def test_pruning_keeps_the_newest_and_the_best_and_deletes_the_rest(
     assert folders == {f"step-{s:08d}" for s in kept}
 
 
+def test_every_so_many_th_checkpoint_stays_beside_the_newest_and_the_best(
+    storage: Storage, token: LeaseToken, tmp_path: Path
+) -> None:
+    for step, loss in {2: 0.1, 4: 9.0, 5: 9.0, 6: 9.0, 8: 9.0, 10: 9.0}.items():
+        save(storage, token, tmp_path, step, loss)
+        checkpoints.prune(storage, token, keep=1, multiples_of=4)
+    kept = {e["step"] for n, e in read_published(storage, RUN).items() if n.startswith("checkpoint/")}
+    assert kept == {2, 4, 8, 10}
+    assert checkpoints.prune(storage, token, keep=1) == [4, 8]
+
+
 def test_orphans_of_earlier_epochs_are_swept_and_work_in_flight_is_not(storage: Storage, tmp_path: Path) -> None:
     with Lease.acquire(storage, RUN) as lease:
         kept = save(storage, lease.token, tmp_path, 2)
@@ -157,8 +168,12 @@ def test_a_conversion_is_kept_with_its_checkpoint_reused_while_whole_and_dropped
     assert checkpoints.latest_whole(storage, RUN) == manifest, "a conversion is no checkpoint"
     assert checkpoints.prune(storage, token, keep=1) == []
     assert checkpoints.universal_of(storage, RUN, manifest) == stored
+    again = save(storage, token, tmp_path, 2, loss=0.9)
+    assert again.prefix == manifest.prefix
+    assert checkpoints.universal_of(storage, RUN, again) is None, "the same step, saved again in its place"
+    stored = checkpoints.store_universal(storage, token, again, folder)
     storage.delete(stored.key_of("model.pt"))
-    assert checkpoints.universal_of(storage, RUN, manifest) is None
+    assert checkpoints.universal_of(storage, RUN, again) is None
     save(storage, token, tmp_path, 4, loss=0.5)
     assert checkpoints.prune(storage, token, keep=1) == [2]
     assert not [key for key in read_published(storage, RUN) if key.startswith("universal/")]

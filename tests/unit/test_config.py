@@ -68,8 +68,13 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
         ({"train": {"global_batch_tokens": 5000}}, "not a multiple of pack_tokens=4096; use 4096"),
         ({"train": {"workers": {"min": 3, "max": 2}}}, "min=3 is greater than max=2"),
         ({"student": {"teacher_layers": [1]}}, "state exactly one of model, teacher_layers, config"),
-        ({"train": {"workers": {"min": 1, "max": 8}}}, "train.workers: min=1 and max=8 differ"),
-        ({"train": {"workers": {"max": 8}}}, "use { min = 8, max = 8 }"),
+        ({"train": {"workers": {"min": 0, "max": 8}}}, "train.workers: min=0: training needs at least one worker"),
+        (
+            {"train": {"workers": {"min": 1, "max": 65}}},
+            "workers.max=65 exceeds the 64 pack(s) of a global batch: some workers would never have one; use workers.",
+        ),
+        ({"train": {"loss_spike": 0.9}}, "train.loss_spike: 0.9 times the median is met by every second step; use"),
+        ({"train": {"on_bad_loss": "ignore"}}, "train.on_bad_loss: Input should be 'stop' or 'skip'"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
         ({"capture": {"top_k": "16"}}, "capture.top_k: Input should be a valid integer (got '16')"),
         ({"capture": {"top_k": 16.0}}, "capture.top_k: Input should be a valid integer (got 16.0)"),
@@ -188,15 +193,23 @@ def test_fingerprint_ignores_key_order(random: Any):
     assert fingerprint(dict(items)) == fingerprint(identity)
 
 
+def test_prices_leave_no_trace_in_an_identity():
+    # Recipes' fingerprints from before there were prices still stand.
+    assert "cost" not in identity_of(parse_recipe(minimal(cost={"teacher_gpu_hour": 2.5})))
+
+
 def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
     plain = fingerprint(identity_of(parse_recipe(minimal())))
     same = [
         {"storage": {"root": "elsewhere"}},
         {"teacher": {"tensor_parallel": 4, "replicas": {"min": 0, "max": 9}}},
         {"train": {"zero_stage": 3, "workers": {"min": 8, "max": 8}}},
+        {"train": {"workers": {"min": 1, "max": 8}, "settle_s": 1.0, "max_preemption_failures": 2, "keep_every": 3}},
+        {"train": {"on_bad_loss": "stop", "loss_spike": 0.0}},
         {"capture": {"top_k": 64}},
         {"corpus": {"sources": ["other.jsonl"]}},
         {"audit": {"sequences": 0, "units": ["a"], "engine": "transformers"}},
+        {"cost": {"teacher_gpu_hour": 2.5, "student_gpu_hour": 2.0}},
     ]
     for change in same:
         assert fingerprint(identity_of(parse_recipe(minimal(**change)))) == plain, change
@@ -204,6 +217,8 @@ def test_fingerprint_ignores_placement_and_stated_defaults_but_not_identity():
         {"capture": {"top_k": 65}},
         {"teacher": {"revision": "abc"}},
         {"train": {"seed": 1}},
+        {"train": {"on_bad_loss": "skip"}},
+        {"train": {"loss_spike": 3.0}},
         {"loss": {"hard_label_weight": 0.2}},
         {"corpus": {"window_tokens": 1024}},
     ]

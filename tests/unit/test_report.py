@@ -232,6 +232,24 @@ def test_report_html_says_which_rates_were_not_measured() -> None:
     assert 'Tokens/s, train</td><td class="number">not measured<' in page
 
 
+SPENT = {"actors": 3, "start_s": 1234.5, "staging_s": 1000.0, "busy_s": 9900.0, "idle_s": 100.0}
+
+
+def test_the_report_says_how_long_teachers_waited_and_what_was_paid() -> None:
+    report, history = _report({})
+    assert report["timings"]["teacher_of_command"] is None
+    assert report["timings"]["dollars"] == {}
+    assert "idle" not in render_html(report, history)
+    report["timings"] |= {"teacher_of_command": SPENT, "dollars": {"teacher_of_command": 1217.5, "train": 3.456}}
+    page = render_html(report, history)
+    for text in ("3 actor(s) of the last", "1,234.5 + 9,900.0 + 100.0 (1.0% idle)", ">1,217.50<", ">3.46<"):
+        assert text in page, text
+    report["timings"]["teacher_of_command"] = SPENT | {"actors": 0, "busy_s": 0.0, "idle_s": 0.0}
+    assert "idle" not in render_html(report, history), "a command that found all captured"
+    del report["timings"]["teacher_of_command"], report["timings"]["dollars"]
+    assert "idle" not in render_html(report, history), "a report from before these figures"
+
+
 def test_report_html_before_any_training_step_leaves_the_loss_curve_out() -> None:
     report, _ = _report({})
     assert render_html(report, []).count("<svg") == 2

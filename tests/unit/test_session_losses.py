@@ -20,7 +20,9 @@ from ray.exceptions import (
 )
 
 from distill_ray import session
+from distill_ray.audit.remote import RemoteAuditor, remote_auditor
 from distill_ray.capture.dataset import _own_error
+from distill_ray.config.sections import TeacherSection
 from distill_ray.errors import DistillError, UserError
 from distill_ray.evaluate.scoring import score_remotely
 from distill_ray.session import died, is_death, note_full, ray_session
@@ -119,6 +121,53 @@ def test_evaluation_on_a_gpu_also_waits_for_its_cpu(monkeypatch: pytest.MonkeyPa
     shown: Any = SimpleNamespace(note=say)
     with pytest.raises(_SaidError, match=r"evaluation needs 1 CPU and 1 GPU; the cluster has 16 CPU \(0 free\)"):
         score_remotely(job, shown, threading.Event())
+
+
+def _asked(monkeypatch: pytest.MonkeyPatch, error: Exception) -> RemoteAuditor:
+    """An auditor whose actor answers with an error of Ray's."""
+
+    def get(reference: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(ray, "get", get)
+    actor = SimpleNamespace(score=SimpleNamespace(remote=lambda *_: object()))
+    return RemoteAuditor(actor, threading.Event())
+
+
+@pytest.mark.parametrize("error", [OOM, NodeDiedError("node gone"), ActorDiedError()])
+def test_an_audit_that_loses_its_teacher_says_so_however_ray_lost_it(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    with pytest.raises(DistillError, match=r"teacher's process died 2 times .*Usual causes: out of memory"):
+        _asked(monkeypatch, error).score("unit", (0,))
+
+
+def test_an_audits_teacher_that_raises_at_its_start_did_not_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ActorDiedError(_task_error(AttributeError("a mistake of ours")))
+    with pytest.raises(DistillError, match="the audit's teacher could not be started") as caught:
+        _asked(monkeypatch, error).score("unit", (0,))
+    assert "\n  line two" in str(caught.value)
+    assert "memory" not in str(caught.value)
+
+
+def test_an_audit_waits_for_room_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    class _SaidError(Exception):
+        pass
+
+    def say(text: str) -> None:
+        raise _SaidError(text)  # before anything is started
+
+    _cluster(monkeypatch, {"CPU": 16.0})
+    monkeypatch.setattr(session, "_SAY_FULL_S", 0.1)
+    monkeypatch.setattr(ray, "remote", lambda _: pytest.fail("started without a word"))
+    recipe: Any = SimpleNamespace(teacher=TeacherSection(model="/teacher", tensor_parallel=2))
+    nothing: Any = None
+    with (
+        pytest.raises(_SaidError, match="the audit's teacher needs 2 GPU"),
+        remote_auditor(recipe, nothing, nothing, "vllm", nothing, threading.Event(), say),
+    ):
+        pass
 
 
 def test_a_cluster_with_room_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

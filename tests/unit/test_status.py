@@ -98,6 +98,16 @@ def test_a_checkpoint_newer_than_the_stored_history_counts(recipe: Recipe, stora
     assert line.endswith("last checkpoint at step 4")
 
 
+def test_a_skipped_step_without_a_loss_leaves_the_last_one_shown(recipe: Recipe, storage: Storage, tmp_path: Path):
+    with Lease.acquire(storage, recipe.run_prefix) as lease:
+        run_fakes.train(storage, lease.token, 3, (2,), tmp_path)
+    key = f"{recipe.run_prefix}/metrics.jsonl"
+    storage.put(key, storage.get(key) + b'{"step": 3, "seconds": 2.0, "skipped": 1}\n')
+    assert "step 4 (of how many is not known: the targets are not captured yet), loss 6," in _line(
+        status(recipe), "train"
+    )
+
+
 def test_a_damaged_history_is_said(recipe: Recipe, storage: Storage, tmp_path: Path):
     with Lease.acquire(storage, recipe.run_prefix) as lease:
         run_fakes.train(storage, lease.token, 3, (2,), tmp_path)

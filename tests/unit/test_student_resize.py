@@ -65,7 +65,7 @@ def _losses(folder: Path, stage: int, world: int, start: int, stop: int) -> list
     return json.loads((folder / f"losses-{world}-{start}-{stop}.json").read_text())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_converted_checkpoint_goes_on_at_another_size_as_if_never_stopped(tmp_path: Path, stage: int):
     whole = _losses(tmp_path, stage, 2, 0, STEPS)
     assert _losses(tmp_path, stage, 2, 0, SAVED) == whole[:SAVED]
