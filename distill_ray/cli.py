@@ -1,6 +1,7 @@
 """The command line.
 
-Exit codes: 0 done, 1 damaged data or a failure, 2 the user can mend it, 3 the student missed a bound, 130 stopped.
+Exit codes: 0 done, 1 damaged data or a failure, 2 the user can mend it, 3 the student missed a bound, 4 a student was
+trained on the source that `gc --forget` names, 130 stopped.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ the whole job:      distill-ray run my.toml
 on S3:              distill-ray run my.toml --root s3://bucket/prefix
 next week's data:   distill-ray run my.toml --version 2026-W48
 where it stands:    distill-ray status my.toml
+what can go:        distill-ray gc my.toml
 
 Every command can be stopped (Ctrl-C) or killed at any moment; the same command goes on where it was.
 """
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "audit":
             _audit_arguments(command)
     _recipe_arguments(commands.add_parser("status", help="show where a run stands, from storage alone"))
+    _gc_arguments(commands.add_parser("gc", help="show, and with --delete remove, what no run refers to any more"))
     inspect = commands.add_parser("inspect", help="describe stored soft targets")
     inspect.add_argument("uri", help="a targets/<fingerprint> folder, one of its objects, or a run's folder")
     inspect.add_argument("--verify", action="store_true", help="read every byte and check every checksum")
@@ -69,6 +72,21 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, metavar="N", help="replaces audit.sequences: how many are compared")
     parser.add_argument("--unit", action="append", metavar="HASH", help="compare all of this unit (may be repeated)")
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), help="replaces audit.engine")
+
+
+def _gc_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="only say what would go (the default)")
+    how.add_argument("--delete", action="store_true", help="remove it")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--days", type=float, default=30.0, metavar="N", help="leave what is younger (default: 30)")
+    what.add_argument(
+        "--forget",
+        metavar="SOURCE",
+        help="instead, a withdrawn source (URI or glob): all stored rows of its content, and who was trained on them; "
+        "exit code 4 where a student was",
+    )
 
 
 def _with_audit(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
@@ -118,6 +136,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
         print(status(recipe).render())
         return 0
+    if arguments.command == "gc":
+        return _gc(recipe, arguments)
     if arguments.command == "check":
         from distill_ray.preflight import check
 
@@ -127,6 +147,36 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "audit":
         recipe = _with_audit(recipe, arguments)
     return _run(recipe, "export" if arguments.command == "run" else arguments.command, arguments.address)
+
+
+def _gc(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    import time
+
+    from distill_ray import gc
+    from distill_ray.errors import UserError
+    from distill_ray.storage import open_storage
+    from distill_ray.telemetry import Progress
+
+    storage = open_storage(recipe.storage.root)
+    done = "removed" if arguments.delete else "dry run: nothing was removed; add --delete to remove it"
+    if arguments.forget is not None:
+        with Progress("forget", None, "objects looked at") as shown:
+            found = gc.find(storage, arguments.forget, shown.advance)
+        print(found.render())
+        if arguments.delete:
+            with Progress("forget", sum(map(len, found.units.values())), "objects") as shown:
+                gc.forget(storage, found, shown.advance)
+        print(done)
+        return 4 if any(run.student for run in found.runs) else 0
+    if not arguments.days >= 0:
+        raise UserError(f"--days {arguments.days}: state a number of days, 0 or more")
+    garbage = gc.collect(storage, older_than=time.time() - arguments.days * 86400)
+    print(garbage.render())
+    if arguments.delete:
+        with Progress("gc", None, "objects") as shown:
+            gc.remove(storage, garbage, shown.advance)
+    print(done)
+    return 0
 
 
 def _inspect(uri: str, *, verify: bool) -> int:

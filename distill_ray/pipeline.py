@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from distill_ray import audit, capture, corpus, evaluate, export, targets, teacher, train
+from distill_ray import audit, capture, corpus, evaluate, export, standing, targets, teacher, train
 from distill_ray.config import Recipe, fingerprint, identity_of
-from distill_ray.errors import DistillError, IntegrityError, UserError
-from distill_ray.lease import Lease, LeaseToken, publish, read_document, read_published
+from distill_ray.errors import DistillError, UserError
+from distill_ray.lease import Lease, LeaseToken, publish, read_published
 from distill_ray.preflight import Finding, check
-from distill_ray.report import failures, page_damage, read_report
+from distill_ray.report import failures, read_report, unjudged
 from distill_ray.schema import ARTEFACT_OF
 from distill_ray.session import private_cpus, ray_session
 from distill_ray.storage import Storage, open_storage, stage_folder
@@ -84,7 +84,7 @@ def run(
             _same_run(recipe, storage, identity)  # another driver may have begun the run since
             publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
             for stage in STAGES[: STAGES.index(until) + 1]:
-                if stage == "audit" and not _audit_is_due(recipe, storage, until):
+                if stage == "audit" and not standing.audit_is_due(recipe, storage, until):
                     continue
                 on_stage(stage)
                 _stage(stage, recipe, storage, lease.token, stop, until)
@@ -106,38 +106,7 @@ def is_done(recipe: Recipe, until: str = "export") -> bool:
         return False
     # A report of other settings leaves a whole export behind.
     last = {"export": ("evaluate", "export"), "audit": ("capture", "audit")}.get(until, (until,))
-    return all(_undone(stage, recipe, storage, published, until) is None for stage in last)
-
-
-def _audit_is_due(recipe: Recipe, storage: Storage, until: str) -> bool:
-    """Whether the audit is asked for, or stands before a training to come."""
-    if until == "audit":
-        return True
-    student = read_published(storage, recipe.run_prefix).get("student")
-    return recipe.audit.is_on and (student is None or train.damage(storage, student) is not None)
-
-
-def _undone(
-    stage: str, recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]], until: str
-) -> str | None:
-    """Why a published stage has to be done again; None where it stands.
-
-    Damage is found by sizes and by checksums of documents; contents are verified by whoever loads them.
-    """
-    entry = published[ARTEFACT_OF[stage]]
-    if stage == "train":
-        return train.damage(storage, entry)
-    if stage == "export":
-        return export.undone(recipe, storage)
-    try:
-        read_document(storage, entry, "it is made anew")
-    except IntegrityError as error:
-        return str(error)
-    if stage == "evaluate":
-        return evaluate.outdated(recipe, published) or page_damage(storage, entry)
-    if stage == "audit":
-        return audit.outdated(recipe, published)
-    return capture.damage(storage, entry) if _needs_targets(recipe, storage, published, until) else None
+    return all(standing.undone(stage, recipe, storage, published, until) is None for stage in last)
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
@@ -180,9 +149,11 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop: threading.Event, until: str) -> None:
     published = read_published(storage, recipe.run_prefix)
     if ARTEFACT_OF[stage] in published:
-        reason = _undone(stage, recipe, storage, published, until)
+        reason = standing.undone(stage, recipe, storage, published, until)
         if reason is None:
             return
+        if stage == "capture" and (gone := standing.withdrawn(storage, recipe.run_prefix)):
+            raise UserError(f"{reason}: {gone}")
         say(stage, f"done again: {reason}")
     started = time.monotonic()
     if stage == "capture":
@@ -206,21 +177,13 @@ def _stage(stage: str, recipe: Recipe, storage: Storage, token: LeaseToken, stop
     publish(storage, token, f"timings/{stage}", {"seconds": round(time.monotonic() - started, 3)})
 
 
-def _needs_targets(recipe: Recipe, storage: Storage, published: dict[str, dict[str, Any]], until: str) -> bool:
-    """Whether training, evaluation or an audit that is asked for still has to read the target objects."""
-    return any(
-        ARTEFACT_OF[stage] not in published or _undone(stage, recipe, storage, published, until) is not None
-        for stage in ("train", "evaluate", *(("audit",) if until == "audit" else ()))
-        # Judging figures again needs no target, and must not pay for a teacher where the targets were cleared away.
-        if not (stage == "evaluate" and evaluate.only_bounds_changed(recipe, storage, published))
-    )
-
-
 def _result(recipe: Recipe, storage: Storage, *, exported: bool) -> RunResult:
     published = read_published(storage, recipe.run_prefix)
     report = read_report(storage, recipe.run_prefix)
     passed = not failures(report["gate"])
     notes = [_new_units(recipe, storage, published)]
+    notes += [f"not judged: {each}" for each in unjudged(report["gate"])]
+    notes.append((report.get("drift") or {}).get("warning", ""))
     if exported and passed:
         notes.append(published[export.LATEST]["reason"])
     return RunResult(

@@ -123,7 +123,7 @@ class Recipe(Section):
 def _explain(error: ValidationError, origin: str) -> str:
     lines = [f"{origin}: {error.error_count()} problem(s) in the recipe"]
     for e in error.errors(include_url=False, include_context=False):
-        where = ".".join(map(str, e["loc"])) or "recipe"
+        where = ".".join(part for part in map(str, e["loc"]) if not part.startswith("[")) or "recipe"
         got = "" if e["type"] in ("missing", "extra_forbidden") or not e["loc"] else f" (got {e['input']!r})"
         message = {
             "extra_forbidden": "unknown key; remove it or correct its spelling",

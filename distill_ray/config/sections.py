@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from distill_ray.config.bounds import RELATIVE, Bound, Required, flattened, problems_of
 from distill_ray.config.generate import GenerateSection
 from distill_ray.config.kinds import AddedIdentity, Identity, Listed, Placement, Section
 
@@ -309,8 +310,38 @@ class EvaluateSection(Section):
     """Held-out sequences scored, the first ones by document hash."""
     batch_packs: Placement[int] = Field(default=1, ge=1)
     """Packed rows of one forward pass."""
-    require: Placement[dict[str, float]] = Field(default_factory=dict)
-    """Bounds on the trained student: `kl_t1`, `perplexity`, `ece` at most; `top1_agreement`, `acceptance` at least."""
+    require: Placement[dict[str, Required]] = Field(default_factory=dict)
+    """Bounds on the trained student: `kl_t1`, `perplexity`, `ece` at most; `top1_agreement`, `acceptance` at least.
+    Any other number of report.json by its dotted name, with `{ max = … }`, `{ min = … }`, or against the version that
+    is the latest `{ max_rise = … }`, `{ max_drop = … }`."""
+    on_other_holdout: Placement[Literal["warn", "fail"]] = "warn"
+    """What a bound against the latest version does where the two were not scored on the same held-out sequences and
+    teacher: `warn`: it is not judged, and the report says so; `fail`: it counts as missed."""
+
+    drift_warn: Placement[float | None] = Field(default=None, ge=0)
+    """Warn where the held-out tokens' frequencies are further than this from the latest version's, in nats of
+    Jensen–Shannon divergence, 0 to 0.69; compare it with the report's `held_out_token_js_by_chance`. None: never."""
+
+    @field_validator("require", mode="before")
+    @classmethod
+    def _dotted(cls, value: object) -> object:
+        return flattened(value)
+
+    @model_validator(mode="after")
+    def _bounds_are_of_figures(self) -> Self:
+        if problems := problems_of(self.require):
+            raise ValueError("; ".join(problems))
+        return self
+
+    def bounds(self) -> dict[str, Any]:
+        """What a report is judged by, as plain JSON values; a bare number as it is."""
+        return {name: self._bound(bound) for name, bound in self.require.items()}
+
+    def _bound(self, bound: float | Bound) -> Any:
+        if not isinstance(bound, Bound):
+            return bound
+        stated: dict[str, Any] = bound.stated()
+        return stated | ({"on_other_holdout": self.on_other_holdout} if stated.keys() & RELATIVE else {})
 
 
 class ExportSection(Section):

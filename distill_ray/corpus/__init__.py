@@ -3,6 +3,7 @@
 Units never depend on where a source lies, and documents fail alone: a bad one becomes a dead letter.
 """
 
+from distill_ray.corpus.index import indexed_sources
 from distill_ray.corpus.probe import probe_sources
 from distill_ray.corpus.prompts import read_unit_prompts
 from distill_ray.corpus.reading import held_out, read_unit_sequences
@@ -12,6 +13,7 @@ from distill_ray.corpus.units import check_unit_bytes, most_unit_tokens, plan_un
 __all__ = [
     "check_unit_bytes",
     "held_out",
+    "indexed_sources",
     "load_tokenizer",
     "most_unit_tokens",
     "plan_units",

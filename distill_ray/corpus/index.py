@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from distill_ray.storage import NotFoundError, ObjectInfo, Storage
 
 CACHE_PREFIX = "cache/sources/"
 _FORMAT = 2
+_READERS = 16
 _MOST_FIRST_LINE = 64 * 2**20
 """Bytes of a first line beyond which its keys are not looked at."""
 
@@ -115,13 +118,17 @@ def _cached(cache: Storage, key: str, about: dict[str, Any]) -> SourceIndex | No
     return None
 
 
-def index_source(uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage | None) -> SourceIndex:
+def index_source(
+    uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage | None, *, cached_only: bool = False
+) -> SourceIndex:
     """The index of one source, from the cache where (uri, version, size) is known, else read in one pass.
 
     Raises:
-        UserError: the source is damaged, or changed while it was read.
+        UserError: the source is damaged, or changed while it was read; or it is not cached, and it must be.
     """
     found = _cached(cache, _cache_key(uri, info), _about(uri, info, unit_bytes)) if cache else None
+    if found is None and cached_only:
+        raise UserError(f"corpus source {uri} is new or changed, and no capture has read it yet")
     if found is None:
         found = _read(uri, info, unit_bytes)
         store, name = locate(uri)
@@ -138,6 +145,20 @@ def keep_index(cache: Storage, uri: str, info: ObjectInfo, unit_bytes: int, inde
     """Put the index of one source version into the cache."""
     text = json.dumps({"about": _about(uri, info, unit_bytes), "index": asdict(index)})
     cache.put(_cache_key(uri, info), text.encode())
+
+
+def indexed_sources(cache: Storage) -> Iterator[tuple[str, str]]:
+    """URI and SHA-256 of every version of every source that was ever indexed; nothing of a damaged entry."""
+
+    def one(info: ObjectInfo) -> tuple[str, str] | None:
+        try:
+            stored = json.loads(cache.get(info.key))
+            return stored["about"]["uri"], stored["index"]["sha256"]
+        except (NotFoundError, ValueError, KeyError, TypeError):
+            return None  # planning takes such an entry for a miss, too
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from filter(None, pool.map(one, cache.list(CACHE_PREFIX)))
 
 
 def _about(uri: str, info: ObjectInfo, unit_bytes: int) -> dict[str, Any]:

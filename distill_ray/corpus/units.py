@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.containers import container_of
 from distill_ray.corpus.index import SourceIndex, index_source
 from distill_ray.errors import UserError
+from distill_ray.forgotten import Withdrawn, read_forgotten
 from distill_ray.schema import DRAW_BYTES, ROW_DRAW_BYTES
 from distill_ray.storage import ObjectInfo, Storage, glob_sources
 from distill_ray.units import KINDS, ROW, Source, Units
@@ -168,15 +170,26 @@ def _hasher(
     return hash_of
 
 
+def _refuse(uri: str, withdrawn: Withdrawn) -> None:
+    day = time.strftime("%Y-%m-%d", time.gmtime(withdrawn.at))
+    raise UserError(
+        f"corpus source {uri} holds content that was withdrawn on {day} (`distill-ray gc --forget`, then known at "
+        f"{', '.join(withdrawn.uris) or 'no place'}): it is not captured again; delete it, or leave it out of "
+        "corpus.sources"
+    )
+
+
 def _indices(
-    section: CorpusSection, sources: Mapping[str, ObjectInfo], cache: Storage | None
+    section: CorpusSection, sources: Mapping[str, ObjectInfo], cache: Storage | None, cached_only: bool
 ) -> Iterator[tuple[str, SourceIndex]]:
     """The index of each source, in the order of their URIs; only those that are ahead of the caller are held."""
     with ThreadPoolExecutor(min(_THREADS, max(1, len(sources)))) as pool:
         uris = sorted(sources)
-        yield from zip(
-            uris, pool.map(lambda uri: index_source(uri, sources[uri], section.unit_bytes, cache), uris), strict=True
-        )
+
+        def one(uri: str) -> SourceIndex:
+            return index_source(uri, sources[uri], section.unit_bytes, cache, cached_only=cached_only)
+
+        yield from zip(uris, pool.map(one, uris), strict=True)
 
 
 def plan_units(
@@ -186,6 +199,7 @@ def plan_units(
     *,
     top_k: int | None = None,
     draws: int = 0,
+    cached_only: bool = False,
     prompts: bool = False,
 ) -> Units:
     """All units of the corpus, sorted by hash; equal content is one unit with a multiplicity.
@@ -196,21 +210,25 @@ def plan_units(
         cache: root storage, where one small object per source version keeps its hash and layout; None reads all.
         top_k: K of the capture, which bounds the size of a unit; None: not checked.
         draws: draws a row, which bound it too.
+        cached_only: refuse a source that is not in the cache rather than read it.
         prompts: the corpus holds prompts for the teacher to answer.
 
     Raises:
         UserError: a source is missing, damaged, of unknown format or without the needed columns, or nothing is in
-            them; or a unit's target object might exceed 1 GiB.
+            them; a unit's target object might exceed 1 GiB; or a source holds withdrawn content.
     """
     # A file that two globs name is one source; two files with the same bytes are a multiplicity of 2.
     infos = {uri: info for pattern in section.sources for uri, info in glob_sources(pattern)}
     for uri in infos:
         container_of(uri)
     sources: list[Source] = []
+    withdrawn = read_forgotten(cache).contents if cache else {}
     most = 0 if top_k is None else most_unit_bytes(section, top_k, draws)
 
     def rows() -> Iterator[tuple[Any, ...]]:
-        for uri, index in _indices(section, infos, cache):
+        for uri, index in _indices(section, infos, cache, cached_only):
+            if index.sha256 in withdrawn:
+                _refuse(uri, withdrawn[index.sha256])
             check_columns(section, uri, index.columns, prompts)
             sources.append(Source(uri, index.sha256, infos[uri].version))
             container = container_of(uri)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from distill_ray import report as reports
 from distill_ray.config import Recipe, fingerprint, identity_of
+from distill_ray.errors import IntegrityError
+from distill_ray.lease import read_document, read_published
+from distill_ray.registry import read_latest
+from distill_ray.storage import Storage
+
+HELD_OUT_TOKENS = "held_out_tokens"
+"""Field of the published report that names its sketch."""
 
 if TYPE_CHECKING:
+    from distill_ray.ingest import BatchPlan
     from distill_ray.targets import RunManifest
 
 
@@ -36,6 +47,71 @@ def run_identity(recipe: Recipe, manifest: RunManifest, student_sha256: str) -> 
         student=student_sha256,
         recipe=fingerprint(recipe_fields(recipe, manifest)),
     )
+
+
+def holdout(recipe: Recipe, manifest: RunManifest, plan: BatchPlan) -> dict[str, Any]:
+    """How many sequences are held out, and a fingerprint over what they are, wherever their sources and units lie.
+
+    Documents by hash, how they were cut into sequences, and what decides that.
+    """
+    s, corpus = plan.sequences, recipe.corpus
+    about = [manifest.identity.tokenizer, corpus.format, corpus.window_tokens, corpus.window_overlap]
+    found = hashlib.sha256(json.dumps(about).encode())
+    order = np.lexsort((s.supervised_S, s.length_S, s.doc_key_S))
+    for column, kind in ((s.doc_key_S, "<u8"), (s.length_S, "<i8"), (s.supervised_S, "<i8")):
+        found.update(np.ascontiguousarray(column[order], dtype=kind).tobytes())
+    return {"fingerprint": found.hexdigest()[:32], "sequences": len(s.length_S)}
+
+
+def baseline(recipe: Recipe, storage: Storage, own: Mapping[str, Any] | None) -> reports.Baseline | None:
+    """The version that `latest.json` names, with its report; None before the first one.
+
+    Args:
+        recipe: names the run.
+        storage: the run's root.
+        own: the run's report so far. Where the run is itself the latest, it says what it was held against.
+    """
+    try:
+        latest = read_latest(storage, recipe.name)
+    except IntegrityError as error:
+        return reports.Baseline("the latest version", None, str(error))
+    version = None if latest is None else latest.version
+    if version in (None, recipe.version):
+        version = ((own or {}).get("baseline") or {}).get("version")
+    if version is None:
+        return None
+    try:
+        return reports.Baseline(version, reports.read_report(storage, f"runs/{recipe.name}/{version}"))
+    except IntegrityError as error:
+        return reports.Baseline(version, None, str(error))
+
+
+def drift(
+    recipe: Recipe, storage: Storage, sketch: reports.HeldOutSketch | None, against: reports.Baseline | None
+) -> dict[str, Any] | None:
+    """How far the held-out text is from that of the version `against`; None before the second run."""
+    if sketch is None or against is None:
+        return None
+    then = _sketch_of(recipe, storage, against)
+    if isinstance(then, str):
+        found = reports.unknown_drift(against.version, then)
+    else:
+        found = reports.corpus_drift(sketch, then, against.version)
+    return found | {"warning": reports.drift_warning({"drift": found}, recipe.evaluate.drift_warn)}
+
+
+def _sketch_of(recipe: Recipe, storage: Storage, against: reports.Baseline) -> reports.HeldOutSketch | str:
+    """The sketch of a version, or why there is none."""
+    if against.report is None:
+        return against.problem
+    entry = read_published(storage, f"runs/{recipe.name}/{against.version}").get("report", {}).get(HELD_OUT_TOKENS)
+    if entry is None:
+        return "an older version of the software kept none"
+    try:
+        data = read_document(storage, entry, "the version after this one has a sketch to compare with again")
+        return reports.HeldOutSketch.from_bytes(data, str(entry["key"]))
+    except IntegrityError as error:
+        return str(error)
 
 
 def token_counts(

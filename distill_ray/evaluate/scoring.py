@@ -101,6 +101,8 @@ def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
     bins = recipe.evaluate.ece_bins
     teacher, before, after = (reports.MetricSums(bins) for _ in range(3))
     kept_mass = reports.KeptMassHistogram()
+    sizes = np.zeros(job.identity.vocab_size, np.int64)
+    sketch = reports.HeldOutSketch(job.identity.tokenizer, job.identity.fingerprint, sizes)
     tokens, seconds = 0, 0.0
     for origin, sums in ((recipe, before), (trained, after)):
         module = _load(origin, folder, job.identity)
@@ -119,9 +121,11 @@ def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
                 if sums is before:
                     teacher.add(_on_cpu(teacher_rows(batch, job.identity.vocab_size)))
                     kept_mass.add(batch.targets.log_tail_N.numpy())
+                    tokens_held = batch.input_ids[batch.document_ids >= 0].numpy()
+                    sketch.add(tokens_held, batch.targets.logprobs_NK.numpy(), batch.targets.log_tail_N.numpy())
                 yield round(tokens / seconds, 1)
         del module
-    yield reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds)
+    yield reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds, sketch)
 
 
 def _load(origin: Recipe, trained: Path, identity: CaptureIdentity) -> DistillModule:

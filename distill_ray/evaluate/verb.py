@@ -12,8 +12,12 @@ from distill_ray import report as reports
 from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.evaluate.figures import (
+    HELD_OUT_TOKENS,
     audit_figures,
+    baseline,
     dollars,
+    drift,
+    holdout,
     rates,
     recipe_fields,
     run_identity,
@@ -23,7 +27,7 @@ from distill_ray.evaluate.figures import (
 )
 from distill_ray.evaluate.scoring import ScoringJob, score_remotely
 from distill_ray.ingest import BatchPlan, build_plan
-from distill_ray.lease import LeaseToken, read_document, read_published
+from distill_ray.lease import LeaseToken, document_entry, put_owned, read_document, read_published
 from distill_ray.storage import Storage
 from distill_ray.telemetry import Progress
 
@@ -87,6 +91,7 @@ def run(
     with progress("evaluate", 2 * plan.steps, "batches") as shown:
         evaluation = score_remotely(job, shown, stop or threading.Event())
     seconds = {**(timings or {}), "evaluate": round(time.monotonic() - started, 3)}
+    against = baseline(recipe, storage, _own_report(recipe, storage))
     report = reports.build_report(
         evaluation,
         recipe=recipe_fields(recipe, manifest),
@@ -101,11 +106,23 @@ def run(
         tokens=token_counts(published["targets"], manifest, history, evaluation.teacher.rows),
         targets=target_figures(manifest),
         history=history,
-        require=recipe.evaluate.require,
+        require=recipe.evaluate.bounds(),
         audit=audit_figures(published),
+        holdout=holdout(recipe, manifest, plan),
+        baseline=against,
+        drift=drift(recipe, storage, evaluation.sketch, against),
     )
-    _publish(recipe, storage, token, report, history)
+    _publish(recipe, storage, token, report, history, _store_sketch(storage, token, evaluation.sketch))
     return report
+
+
+def _store_sketch(storage: Storage, token: LeaseToken, sketch: reports.HeldOutSketch | None) -> dict[str, Any] | None:
+    """Write `<run>/held-out-tokens.parquet`; returns its entry."""
+    if sketch is None:
+        return None
+    key, data = f"{token.run_prefix}/held-out-tokens.parquet", sketch.to_bytes()
+    put_owned(storage, token, key, data)
+    return document_entry(key, data)
 
 
 def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -117,8 +134,10 @@ def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str 
         return "it is of another training of the student"
     if entry["settings"] != json.loads(json.dumps(identity_of(recipe.evaluate))):
         return "other settings of [evaluate]"
-    if entry["require"] != recipe.evaluate.require:
+    if entry["require"] != recipe.evaluate.bounds():
         return "other bounds of evaluate.require"
+    if entry.get("drift_warn") != recipe.evaluate.drift_warn:
+        return "another evaluate.drift_warn"
     return None
 
 
@@ -131,23 +150,45 @@ def only_bounds_changed(recipe: Recipe, storage: Storage, published: Mapping[str
         reports.read_report(storage, recipe.run_prefix)
     except IntegrityError:
         return False
-    same = {**published, "report": {**entry, "require": recipe.evaluate.require}}
+    section = recipe.evaluate
+    same = {**published, "report": {**entry, "require": section.bounds(), "drift_warn": section.drift_warn}}
     return outdated(recipe, same) is None
 
 
 def rejudge(recipe: Recipe, storage: Storage, token: LeaseToken) -> None:
     """Hold the published figures against the recipe's bounds as they are now; nothing is scored again."""
     report = reports.read_report(storage, recipe.run_prefix)
-    report["gate"] = reports.judge({model: report[model] for model in reports.MODELS}, recipe.evaluate.require)
-    student = read_published(storage, recipe.run_prefix)["student"]
-    _publish(recipe, storage, token, report, _history(storage, student))
+    against = baseline(recipe, storage, report)
+    report["baseline"] = None if against is None else {"version": against.version}
+    report["gate"] = reports.judge(report, recipe.evaluate.bounds(), against)
+    if report["drift"] is not None:
+        report["drift"]["warning"] = reports.drift_warning(report, recipe.evaluate.drift_warn)
+    published = read_published(storage, recipe.run_prefix)
+    sketch = published["report"].get(HELD_OUT_TOKENS)
+    _publish(recipe, storage, token, report, _history(storage, published["student"]), sketch)
 
 
 def _publish(
-    recipe: Recipe, storage: Storage, token: LeaseToken, report: dict[str, Any], history: list[dict[str, float]]
+    recipe: Recipe,
+    storage: Storage,
+    token: LeaseToken,
+    report: dict[str, Any],
+    history: list[dict[str, float]],
+    sketch: Mapping[str, Any] | None,
 ) -> None:
     section = recipe.evaluate
-    reports.write_report(storage, token, report, history, settings=identity_of(section), require=dict(section.require))
+    links = {"drift_warn": section.drift_warn, HELD_OUT_TOKENS: sketch}
+    reports.write_report(
+        storage, token, report, history, settings=identity_of(section), require=section.bounds(), links=links
+    )
+
+
+def _own_report(recipe: Recipe, storage: Storage) -> dict[str, Any] | None:
+    """The report so far; None where there is none, or it is damaged and about to be written anew."""
+    try:
+        return reports.read_report(storage, recipe.run_prefix)
+    except IntegrityError:
+        return None
 
 
 def _history(storage: Storage, student: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -90,6 +90,12 @@ def read_record(storage: Storage, run_prefix: str) -> LeaseRecord | None:
     return read(storage, run_prefix)[0]
 
 
+def lease_written_at(storage: Storage, run_prefix: str) -> float | None:
+    """Unix seconds, by the store's clock, of the record's last write: a renewal or a publication."""
+    info = storage.head(_key(run_prefix))
+    return None if info is None else info.modified
+
+
 def is_live(record: LeaseRecord) -> bool:
     """True while the record's owner may still be working: not released, not expired, not known to be dead."""
     return time.time() < record.expires_at and not is_dead(record.owner)

@@ -12,8 +12,9 @@ from distill_ray.report.document import (
     read_history,
     to_bytes,
 )
+from distill_ray.report.drift import HeldOutSketch, corpus_drift, drift_warning, unknown_drift
 from distill_ray.report.files import page_damage, read_report, report_key, write_report
-from distill_ray.report.gate import MODELS, check_require, failures, judge
+from distill_ray.report.gate import MODELS, Baseline, check_require, failures, judge, unjudged
 from distill_ray.report.html import render_html
 from distill_ray.report.metrics import (
     DEFINITIONS,
@@ -27,7 +28,9 @@ __all__ = [
     "DEFINITIONS",
     "MODELS",
     "SCHEMA_VERSION",
+    "Baseline",
     "Evaluation",
+    "HeldOutSketch",
     "KeptMassHistogram",
     "MetricSums",
     "RunIdentity",
@@ -37,6 +40,8 @@ __all__ = [
     "TokenCounts",
     "build_report",
     "check_require",
+    "corpus_drift",
+    "drift_warning",
     "failures",
     "judge",
     "model_card",
@@ -47,5 +52,7 @@ __all__ = [
     "render_table",
     "report_key",
     "to_bytes",
+    "unjudged",
+    "unknown_drift",
     "write_report",
 ]

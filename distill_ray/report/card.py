@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from distill_ray.report.gate import failures
+from distill_ray.report.gate import failures, unjudged
 from distill_ray.report.table import METRICS, MODELS
 
 
@@ -28,6 +28,8 @@ def model_card(report: dict[str, Any], *, teacher: str, licence: str, dtype: str
     }
     gate = report["gate"]
     verdict = "none stated" if not gate else "; ".join(failures(gate)) or "passed"
+    if open_ := unjudged(gate):
+        verdict += f"; not judged: {'; '.join(open_)}"
     return "\n".join(
         [
             "---",

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distill_ray.errors import IntegrityError
-from distill_ray.report.gate import judge
+from distill_ray.report.drift import DEFINITIONS as DRIFT_DEFINITIONS
+from distill_ray.report.drift import HeldOutSketch
+from distill_ray.report.gate import Baseline, judge
 from distill_ray.report.metrics import DEFINITIONS, KeptMassHistogram, MetricSums
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Evaluation:
     kept_mass: KeptMassHistogram
     tokens_per_s: float
     """Tokens by seconds of the student's forward passes, loading excluded."""
+    sketch: HeldOutSketch | None = None
+    """What the next run measures drift against."""
 
 
 def build_report(
@@ -94,26 +98,32 @@ def build_report(
     tokens: TokenCounts,
     targets: TargetFigures,
     history: list[dict[str, float]],
-    require: Mapping[str, float],
+    require: Mapping[str, Any],
     audit: Mapping[str, Any] | None = None,
+    holdout: Mapping[str, Any] | None = None,
+    baseline: Baseline | None = None,
+    drift: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as plain JSON values.
 
     Args:
         recipe: the fields whose fingerprint is `identity.recipe`, as JSON values.
         history: one entry a training step: `step`, `loss`, `ce`, `kl_t`, `kl_t1`, …
-        require: bounds of `evaluate.require`.
+        require: bounds of `evaluate.require`, as `EvaluateSection.bounds` gives them.
         audit: figures of the audit that these targets passed before training; None where there was none.
+
+        holdout: `fingerprint` and number of the held-out `sequences`.
+        baseline: the version that relative bounds compare with; None before the first one.
+        drift: of the corpus, as `corpus_drift` gives it; None before the second run.
 
     Raises:
         UserError: a metric is not finite, or a bound names an unknown metric.
     """
     sums = {"teacher": evaluation.teacher, "before": evaluation.before, "after": evaluation.after}
     metrics = {model: s.metrics(model) for model, s in sums.items()}
-    return {
+    report = {
         "schema_version": SCHEMA_VERSION,
         **metrics,
-        "gate": judge(metrics, require),
         "identity": asdict(identity),
         "recipe": recipe,
         "timings": asdict(timings),
@@ -123,8 +133,12 @@ def build_report(
         "training": {"steps": len(history), **({"first": history[0], "last": history[-1]} if history else {})},
         "calibration": {model: s.calibration() for model, s in sums.items()},
         "kept_mass": evaluation.kept_mass.to_json(),
-        "definitions": DEFINITIONS,
+        "holdout": dict(holdout or {}),
+        "baseline": None if baseline is None else {"version": baseline.version},
+        "drift": None if drift is None else dict(drift),
+        "definitions": DEFINITIONS | DRIFT_DEFINITIONS,
     }
+    return report | {"gate": judge(report, require, baseline)}
 
 
 def to_bytes(report: dict[str, Any]) -> bytes:

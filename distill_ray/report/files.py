@@ -25,7 +25,8 @@ def write_report(
     history: list[dict[str, float]],
     *,
     settings: dict[str, Any],
-    require: dict[str, float],
+    require: dict[str, Any],
+    links: Mapping[str, Any] | None = None,
 ) -> None:
     """Write report.html and report.json and publish them as "report".
 
@@ -36,6 +37,7 @@ def write_report(
         history: training steps, for the loss curve.
         settings: identity fields of `[evaluate]`; published, so that others are seen to need another report.
         require: bounds the report was judged by; published for the same reason.
+        links: further fields of the published entry.
 
     Raises:
         IntegrityError: a value is not finite; nothing is written.
@@ -44,10 +46,10 @@ def write_report(
     data, page = to_bytes(report), render_html(report, history).encode()
     put_owned(storage, token, report_key(token.run_prefix, "html"), page)
     put_owned(storage, token, report_key(token.run_prefix), data)
-    links = {"student": report["identity"]["student"], "settings": settings, "require": require}
-    links["page"] = document_entry(report_key(token.run_prefix, "html"), page)
+    of = {"student": report["identity"]["student"], "settings": settings, "require": require, **(links or {})}
+    of["page"] = document_entry(report_key(token.run_prefix, "html"), page)
     entry = document_entry(report_key(token.run_prefix), data) | {"schema_version": SCHEMA_VERSION}
-    publish(storage, token, "report", entry | links)
+    publish(storage, token, "report", entry | of)
 
 
 def page_damage(storage: Storage, entry: Mapping[str, Any]) -> str | None:

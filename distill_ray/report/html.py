@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from distill_ray.report import plots
-from distill_ray.report.gate import failures
+from distill_ray.report.gate import failures, required, unjudged
 from distill_ray.report.table import METRICS, MODELS
 
 _STYLE = """
@@ -51,6 +51,8 @@ def render_html(report: dict[str, Any], history: list[dict[str, float]]) -> str:
         _cost_table(report),
         "<h2>Audit of the targets before training</h2>",
         _audit(report.get("audit")),
+        "<h2>Drift of the corpus</h2>",
+        _drift(report.get("drift")),
         "<h2>Identity</h2>",
         _table(((key, value) for key, value in identity.items()), value_class="hash"),
         "<h2>How the figures are defined</h2>",
@@ -69,17 +71,26 @@ def _gate(gate: dict[str, Any]) -> str:
     if not gate:
         return '<p class="soft">The recipe sets no bounds (evaluate.require), so nothing was gated.</p>'
     rows = "".join(
-        f"<tr><td>{escape(b['metric'])}</td><td class=number>{b['value']:.4f}</td>"
-        f"<td class=number>{b['sense']} {b['bound']:.4g}</td>"
-        f'<td class="{"good" if b["passed"] else "bad"}">{"passed" if b["passed"] else "failed"}</td></tr>'
+        f"<tr><td>{escape(b['metric'])}</td><td class=number>{_value(b['value'])}</td>"
+        f"<td class=number>{escape(required(b))}</td>{_verdict(b)}</tr>"
         for b in gate.values()
     )
     passed = not failures(gate)
-    verdict = "All bounds hold." if passed else "A bound fails: the model is kept, latest does not move."
+    held = "All bounds hold." if not unjudged(gate) else "No bound fails, but not every one could be judged."
+    verdict = held if passed else "A bound fails: the model is kept, latest does not move."
     return (
         f'<h2>Gate</h2><p class="{"good" if passed else "bad"}">{verdict}</p><table><tr><th>Metric</th>'
         f"<th class=number>Value</th><th class=number>Required</th><th>Verdict</th></tr>{rows}</table>"
     )
+
+
+def _value(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+def _verdict(bound: dict[str, Any]) -> str:
+    kind, text = {True: ("good", "passed"), False: ("bad", "failed"), None: ("soft", "not judged")}[bound["passed"]]
+    return f'<td class="{kind}">{text}{escape(": " + bound["note"]) if "note" in bound else ""}</td>'
 
 
 def _metrics_table(report: dict[str, Any]) -> str:
@@ -161,6 +172,20 @@ def _audit(audit: dict[str, Any] | None) -> str:
         ("Allowed", f"{tolerance['logprob']:g} nats, {tolerance['row_mass']:g} of a row's probability mass"),
     ]
     return _table(rows)
+
+
+def _drift(drift: dict[str, Any] | None) -> str:
+    if drift is None:
+        return '<p class="soft">There is no earlier run to compare the corpus with.</p>'
+    js, chance, delta = (drift[f"held_out_{name}"] for name in ("token_js", "token_js_by_chance", "entropy_delta"))
+    rows = [("Compared with", drift["against"])]
+    if js is not None:
+        rows.append(("Token frequencies of held-out text, divergence", f"{js:.4f} nats ({chance:.4f} would be chance)"))
+    if delta is not None:
+        rows.append(("Teacher's entropy on held-out text, change", f"{delta:+.4f} nats"))
+    note = f'<p class="soft">{escape(drift["note"])}.</p>' if drift["note"] else ""
+    warning = drift.get("warning")
+    return _table(rows) + note + (f'<p class="bad">{escape(warning)}.</p>' if warning else "")
 
 
 def _table(rows: Iterable[tuple[str, Any]], value_class: str = "") -> str:

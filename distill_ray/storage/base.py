@@ -81,6 +81,17 @@ class Storage(Protocol):
         """No error when there is none."""
         ...
 
+    def half_written(self) -> Iterator[ObjectInfo]:
+        """What interrupted writes left, and what is being written now: nothing lists or reads it.
+
+        `modified` is when the write last went on, as far as the store knows; for `discard`.
+        """
+        ...
+
+    def discard(self, info: ObjectInfo) -> None:
+        """Remove one of `half_written`. No error when it is gone."""
+        ...
+
     def open_input(self, key: str) -> IO[bytes]:
         """A seekable binary stream with ranged reads, for pyarrow and decompressors. Raises NotFoundError."""
         ...

@@ -12,6 +12,7 @@ from typing import IO
 
 from distill_ray.storage.atomic import (
     LOCK,
+    TEMPORARY,
     create_durably,
     explain_os,
     is_hidden,
@@ -132,6 +133,21 @@ class LocalStorage:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise explain_os(error, path, "delete") from error
+
+    def half_written(self) -> Iterator[ObjectInfo]:
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                if name.startswith(TEMPORARY):
+                    path = Path(folder, name)
+                    try:
+                        yield _info(path.relative_to(self._root).as_posix(), path)
+                    except FileNotFoundError:  # it became an object since the folder was read
+                        continue
+
+    def discard(self, info: ObjectInfo) -> None:
+        path = self._root / info.key
+        assert path.name.startswith(TEMPORARY), info
+        path.unlink(missing_ok=True)
 
     def open_input(self, key: str) -> IO[bytes]:
         path = self._path(key)

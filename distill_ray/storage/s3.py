@@ -147,6 +147,39 @@ class S3Storage:
         except NotFoundError:
             return
 
+    def half_written(self) -> Iterator[ObjectInfo]:
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
+        turn: Iterator[dict[str, Any]] = iter(pages)
+        while True:
+            page = self._ask("list", "", lambda: next(turn, None))
+            if page is None:
+                return
+            for each in page.get("Uploads", []):
+                key, upload = each["Key"][len(self._prefix) :], each["UploadId"]
+                size, newest = self._parts(each["Key"], upload)
+                yield ObjectInfo(key, size, upload, max(newest, each["Initiated"].timestamp()))
+
+    def _parts(self, name: str, upload: str) -> tuple[int, float]:
+        """Bytes of an upload's parts, and when the last of them came."""
+        pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=name, UploadId=upload)
+        try:
+            parts = [part for page in pages for part in page.get("Parts", [])]
+        except ClientError as error:
+            if status_of(error) == 404:  # completed or aborted since the listing
+                return 0, time.time()
+            raise self._explain(error, "list", name) from error
+        return sum(part["Size"] for part in parts), max((p["LastModified"].timestamp() for p in parts), default=0.0)
+
+    def discard(self, info: ObjectInfo) -> None:
+        name = self._prefix + info.key
+        try:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=info.version)
+        except ClientError as error:
+            if status_of(error) != 404:
+                raise self._explain(error, "delete", info.key) from error
+        except S3_ERRORS as error:
+            raise self._explain(error, "delete", info.key) from error
+
     def open_input(self, key: str) -> IO[bytes]:
         """Ranged reads pinned to the version found at opening: IntegrityError once it was overwritten."""
         info = self.head(key)

@@ -3,7 +3,7 @@
 from distill_ray.targets.done import done_hashes, done_units, object_sizes
 from distill_ray.targets.draws import decode_draws, offsets_of
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
-from distill_ray.targets.index import append_index, load_index, load_table, target_objects
+from distill_ray.targets.index import append_index, drop_units, each_object, load_index, load_table, target_objects
 from distill_ray.targets.inspect import InspectReport, inspect
 from distill_ray.targets.layout import StoredDraws, StoredSequence
 from distill_ray.targets.manifest import (
@@ -33,6 +33,8 @@ __all__ = [
     "decode_rows",
     "done_hashes",
     "done_units",
+    "drop_units",
+    "each_object",
     "encode_unit",
     "inspect",
     "load_index",

@@ -119,6 +119,32 @@ def append_index(storage: Storage, capture: CaptureIdentity | str, summaries: It
         _merge(storage, fingerprint, small)
 
 
+def drop_units(storage: Storage, capture: CaptureIdentity | str, hashes: np.ndarray) -> None:
+    """Take units out of the index; call it before their objects are removed. A crash leaves entries twice, or all.
+
+    One index object at a time is read, written without them, and only then removed. A broken one names nothing and is
+    left to the next capture, which replaces it.
+
+    Args:
+        storage: the store that holds `targets/`.
+        capture: identity, or its fingerprint; no driver may be at work on it.
+        hashes: ascending.
+    """
+    fingerprint = fingerprint_of(capture)
+    for key in _index_keys(storage, fingerprint):
+        try:
+            table = _parse(storage.get(key), key, fingerprint, None)
+        except IntegrityError as error:
+            warn(str(error))
+            continue
+        kept = ~in_sorted(hashes, hashes_of(table["unit"]))
+        if kept.all():
+            continue
+        if kept.any():
+            _write(storage, fingerprint, table.filter(pa.array(kept)))
+        storage.delete(key)
+
+
 def load_index(
     storage: Storage, capture: CaptureIdentity | str, *, report: Report | None = None
 ) -> dict[str, UnitSummary]:

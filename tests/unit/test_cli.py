@@ -59,7 +59,7 @@ def test_help_and_a_wrong_recipe_answer_in_under_a_second(wrong_recipe: Path):
         assert min(seconds) < 1.0, (arguments, seconds)
 
 
-@pytest.mark.parametrize("command", ["check", "run", "capture", "audit", "train", "evaluate", "export", "status"])
+@pytest.mark.parametrize("command", ["check", "run", "capture", "audit", "train", "evaluate", "export", "status", "gc"])
 def test_user_errors_are_one_message_and_exit_code_2(command: str, wrong_recipe: Path):
     out = cli(command, str(wrong_recipe))
     assert out.returncode == 2
