@@ -20,10 +20,9 @@ from distill_ray.config.sections import (
     EvaluateSection,
     ExportSection,
     StorageSection,
-    StudentSection,
     TeacherSection,
-    TrainSection,
 )
+from distill_ray.config.student import StudentSection, TrainSection
 from distill_ray.errors import UserError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from distill_ray import report as reports
 from distill_ray.config import Recipe
-from distill_ray.config.sections import StudentSection
+from distill_ray.config.student import StudentSection
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.ingest import BatchPlan
 from distill_ray.session import died, is_death, note_full

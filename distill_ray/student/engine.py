@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from distill_ray.config.sections import TrainSection
+from distill_ray.config.student import TrainSection
 from distill_ray.errors import DistillError, UserError
 from distill_ray.student.module import DistillModule
 from distill_ray.student.operators import load_cpu_operators

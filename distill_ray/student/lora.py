@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from distill_ray.config.sections import LoraSection
+from distill_ray.config.student import LoraSection
 from distill_ray.errors import UserError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from distill_ray.config.sections import TrainSection
+from distill_ray.config.student import TrainSection
 
 
 def learning_rate(step: int, steps: int, section: TrainSection) -> float:

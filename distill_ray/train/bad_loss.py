@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from distill_ray.config.sections import TrainSection
+from distill_ray.config.student import TrainSection
 from distill_ray.errors import UserError
 
 if TYPE_CHECKING:

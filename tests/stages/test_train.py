@@ -12,7 +12,7 @@ import pytest
 
 from distill_ray import train
 from distill_ray.config import Recipe
-from distill_ray.config.sections import StudentSection
+from distill_ray.config.student import StudentSection
 from distill_ray.errors import StoppedError, UserError
 from distill_ray.ingest.loader import PackLoader
 from distill_ray.lease import Lease, read_published

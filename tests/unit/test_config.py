@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from distill_ray.config import Recipe, fingerprint, identity_of, kind_of, load_recipe, parse_recipe
 from distill_ray.config.recipe import iso_week
-from distill_ray.config.sections import Range
+from distill_ray.config.values import Range
 from distill_ray.errors import UserError
 
 REPO = Path(__file__).parents[2]

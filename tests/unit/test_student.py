@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distill_ray.config.loss import LossSection
-from distill_ray.config.sections import LoraSection, TrainSection
+from distill_ray.config.student import LoraSection, TrainSection
 from distill_ray.errors import UserError
 from distill_ray.losses import LossSpec, project
 from distill_ray.student.build import build_initial, cut_config, from_teacher_layers

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill_ray.config.sections import TrainSection
+from distill_ray.config.student import TrainSection
 from distill_ray.errors import DistillError
 from distill_ray.ingest.batch import PackedBatch
 from distill_ray.losses import LossSpec

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distill_ray import checkpoints
-from distill_ray.config.sections import TrainSection
+from distill_ray.config.student import TrainSection
 from distill_ray.lease import Lease, LeaseToken
 from distill_ray.storage import Storage, open_storage
 from distill_ray.storage.local import LocalStorage
