@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,17 +133,17 @@ def run(
     reference = PlainLoop(recipe, manifest, storage).losses(plan)
     assert len(reference) > AT + 2
 
-    def disturb() -> None:
-        while not (root / "reached").exists():
+    with ThreadPoolExecutor(1) as pool:
+        trained = pool.submit(apart, _train, recipe, manifest, nodes.cluster.address, root)
+        # Here, not in the thread: a node that is added takes signal handlers.
+        while not (root / "reached").exists() and not trained.done():
             time.sleep(0.05)
-        change()
-        (root / "go").touch()
+        try:
+            change()
+        finally:
+            (root / "go").touch()
         later()
-
-    thread = threading.Thread(target=disturb, daemon=True)
-    thread.start()
-    apart(_train, recipe, manifest, nodes.cluster.address, root)
-    thread.join(30)
+        trained.result()
     lines = [json.loads(x) for x in storage.get(f"{recipe.run_prefix}/metrics.jsonl").splitlines()]
     assert [line["step"] for line in lines] == list(range(plan.steps))
     published = read_published(storage, recipe.run_prefix)
