@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from distill_ray import corpus
+from distill_ray.codec import MAX_VOCAB
 from distill_ray.config import Recipe
 from distill_ray.errors import UserError
 from distill_ray.model_config import ModelShape, model_shape
@@ -129,6 +130,11 @@ def _teacher_shape(recipe: Recipe, shape: ModelShape) -> None:
         )
     if teacher.pipeline_parallel > layers:
         raise UserError(f"teacher.pipeline_parallel={teacher.pipeline_parallel} exceeds the teacher's {layers} layers")
+    if shape.vocab_size > MAX_VOCAB:
+        raise UserError(
+            f"the teacher's vocabulary has {shape.vocab_size:,} rows, and codec v1 stores ids below {MAX_VOCAB:,}; "
+            "use another teacher"
+        )
     if recipe.capture.top_k > shape.vocab_size:
         raise UserError(
             f"capture.top_k={recipe.capture.top_k} exceeds the vocabulary of {shape.vocab_size:,}; lower top_k"

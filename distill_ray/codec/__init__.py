@@ -4,7 +4,7 @@
 `rounding` says what stored numbers can have been.
 """
 
-from distill_ray.codec.format import CODEC_VERSION, LOG_FLOOR, MAX_GAP, row_bytes
+from distill_ray.codec.format import CODEC_VERSION, LOG_FLOOR, MAX_GAP, MAX_VOCAB, row_bytes
 from distill_ray.codec.packed import at_temperature, decode, encode
 from distill_ray.codec.rounding import Interval, Unrounded, unrounded, unrounded_half, unrounded_log
 
@@ -12,6 +12,7 @@ __all__ = [
     "CODEC_VERSION",
     "LOG_FLOOR",
     "MAX_GAP",
+    "MAX_VOCAB",
     "Interval",
     "Unrounded",
     "at_temperature",

@@ -11,7 +11,7 @@ import pytest
 from distill_ray.config import Recipe, parse_recipe
 from distill_ray.errors import UserError
 from distill_ray.model_config import ModelShape, model_shape
-from distill_ray.preflight import _student
+from distill_ray.preflight import _student, _teacher_shape
 
 
 def _folder(path: Path, rows: int) -> Path:
@@ -48,3 +48,11 @@ def test_draws_beyond_the_students_rows_are_refused_before_they_end_a_training(
         _student(_recipe(narrow, **drawn), teacher, tokenizer)
     assert "vocabulary 200" in _student(_recipe(equal, **drawn), teacher, tokenizer).fact
     assert "vocabulary 160" in _student(_recipe(narrow, loss={}, capture={}), teacher, tokenizer).fact
+
+
+def test_a_vocabulary_beyond_the_codecs_ids_is_refused_before_any_row_is_captured(tmp_path: Path) -> None:
+    recipe = _recipe(_folder(tmp_path / "student", 200), loss={}, capture={})
+    recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"window_tokens": 1024})})
+    _teacher_shape(recipe, model_shape(_folder(tmp_path / "largest", 1 << 20), False))
+    with pytest.raises(UserError, match=r"1,048,577 rows, and codec v1 stores ids below 1,048,576"):
+        _teacher_shape(recipe, model_shape(_folder(tmp_path / "larger", (1 << 20) + 1), False))
