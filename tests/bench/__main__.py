@@ -17,7 +17,7 @@ from types import ModuleType
 
 from tests import bench
 
-HELPERS = {"__main__", "engines", "measure", "paged", "rivals"}
+HELPERS = {"__main__", "engines", "lessons", "measure", "paged", "rivals"}
 
 
 def names() -> list[str]:
