@@ -75,6 +75,7 @@ def test_next_week_captures_only_the_new_file(done: Job):
     assert done.published("v2")["targets"]["captured"] == len(units - old_units)
 
 
+@pytest.mark.long
 def test_on_a_real_s3_server_with_zero_3(tmp_path: Path, s3_uri: str):
     job = Job(tmp_path, "somewhere/else", zero_stage=3, epochs=1)
     ran = job.run("--root", s3_uri)
@@ -133,7 +134,9 @@ def test_a_finished_run_answers_without_its_sources_and_mends_what_is_cheap(done
     assert "is published but missing" in copied.call().stdout
 
 
-@pytest.mark.parametrize(("stage", "number"), [("capture", signal.SIGTERM), ("train", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("stage", "number"), [("capture", signal.SIGTERM), pytest.param("train", signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_signal_stops_cleanly_and_says_how_to_resume(stage: str, number: int, tmp_path: Path):
     job = Job(tmp_path, str(tmp_path / "root"), epochs=40 if stage == "train" else 1)
     process = job.start()
@@ -148,6 +151,7 @@ def test_a_signal_stops_cleanly_and_says_how_to_resume(stage: str, number: int, 
     assert "student" not in job.published()
 
 
+@pytest.mark.long
 def test_two_drivers_at_once_one_works_and_one_refuses(tmp_path: Path):
     job = Job(tmp_path, str(tmp_path / "root"), epochs=1)
     first, second = job.start(command="capture"), job.start(command="capture")

@@ -189,6 +189,7 @@ def test_another_number_of_workers_goes_on_from_the_checkpoint_and_ends_at_the_s
     assert [note for note in seen.notes if "saved by 2 workers; converted for any number" in note] == seen.notes[:1]
 
 
+@pytest.mark.long
 def test_killed_worker_restarts_from_the_checkpoint_and_ends_at_the_same_loss(
     root: Path, reference: list[float]
 ) -> None:
