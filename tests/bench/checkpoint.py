@@ -36,7 +36,7 @@ from torch import Tensor
 
 from distill_ray import checkpoints
 from distill_ray.checkpoints import StoredFile
-from distill_ray.config.sections import TrainSection
+from distill_ray.config.student import TrainSection
 from distill_ray.lease import Lease, LeaseToken
 from distill_ray.storage import Storage, open_storage
 from distill_ray.student.engine import StudentEngine

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config.loss import LossSection
-from distill_ray.config.sections import TrainSection
+from distill_ray.config.student import TrainSection
 from distill_ray.ingest import build_plan
 from distill_ray.ingest.batch import PackedBatch
 from distill_ray.losses import LossSpec, SparseTargets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -34,6 +35,14 @@ def fail() -> None:
 def test_an_unknown_bench_names_those_that_exist():
     with pytest.raises(SystemExit, match=r"no bench 'nope'; there are: .*codec"):
         command.main(["nope", "--json", "x"])
+
+
+def test_every_bench_can_be_asked_what_it_measures():
+    for name in command.names():
+        module = command.load(name)
+        assert module.__doc__
+        module.add_arguments(argparse.ArgumentParser())
+        assert callable(module.run)
 
 
 def test_no_name_names_them_too():
