@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from distill_ray.ingest.batch import PackedBatch
+    from distill_ray.student.staging import StagedCheckpoint
 
 _TAG = "state"
 
@@ -77,9 +78,17 @@ class StudentEngine:
     Every rank calls every method, in the same order.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, module: DistillModule, section: TrainSection, device: torch.device):
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        staged: StagedCheckpoint,
+        module: DistillModule,
+        section: TrainSection,
+        device: torch.device,
+    ) -> None:
         self._engine, self._module, self._section, self.device = engine, module, section, device
         self._optimizer: Any = engine.optimizer
+        self._staged = staged
         self.world = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
 
@@ -117,7 +126,10 @@ class StudentEngine:
             config=engine_config(section, micro_steps),
             dist_init_required=False,
         )
-        return cls(engine, module, section, device)
+        from distill_ray.student.staging import StagedCheckpoint
+
+        engine.checkpoint_engine = staged = StagedCheckpoint(engine._config)
+        return cls(engine, staged, module, section, device)
 
     def train_step(
         self,
@@ -194,10 +206,23 @@ class StudentEngine:
         figures = (loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned)
         return StepResult(*figures, int(flags), int(arrived), int(leaving), int(skipped))
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's part of the state under `folder`, which no other rank shares; returns its files."""
+    def stage(self, folder: Path) -> Callable[[], list[Path]]:
+        """Copy this rank's part of the state, as it is now, to the host's memory.
+
+        Args:
+            folder: where it will be written; no other rank shares it.
+
+        Returns:
+            Writes the copy and returns its files. To be called once; any thread may, without the other ranks.
+        """
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        return sorted(p for p in (folder / _TAG).iterdir() if p.is_file())
+        write = self._staged.take()
+
+        def files() -> list[Path]:
+            write()
+            return sorted(p for p in (folder / _TAG).iterdir() if p.is_file())
+
+        return files
 
     @staticmethod
     def needed(names: Sequence[str], rank: int) -> list[str]:

@@ -23,9 +23,9 @@ class Keeper:
         self._job, self._saver, self._engine, self._plan, self._say = job, saver, engine, plan, say
 
     def save(self, step: int, history: list[dict[str, float]]) -> None:
-        """Write the state; it is uploaded and published beside the next steps.
+        """Copy the state; it is written, uploaded and published beside the next steps.
 
-        Nothing is written where every step since the last one was skipped: the state is that of the last one.
+        Nothing is copied where every step since the last one was skipped: the state is that of the last one.
         """
         recent = [line["loss"] for line in applied(history[-self._job.recipe.train.checkpoint_every :])]
         if not recent:
@@ -35,14 +35,19 @@ class Keeper:
             self._saver.land()
         history = list(history)
 
-        def write(folder: Path) -> list[Path]:
-            paths = self._engine.save(folder)
-            if self._engine.rank == 0:
-                paths.append(folder / HISTORY_FILE)
-                paths[-1].write_bytes(to_lines(history))
-            return paths
+        def stage(folder: Path) -> Callable[[], list[Path]]:
+            write = self._engine.stage(folder)
 
-        self._saver.begin(step, write, lambda files: self._publish(step, sum(recent) / len(recent), files))
+            def files() -> list[Path]:
+                paths = write()
+                if self._engine.rank == 0:
+                    paths.append(folder / HISTORY_FILE)
+                    paths[-1].write_bytes(to_lines(history))
+                return paths
+
+            return files
+
+        self._saver.begin(step, stage, lambda files: self._publish(step, sum(recent) / len(recent), files))
 
     def _publish(self, step: int, loss: float, files: list[checkpoints.StoredFile]) -> None:
         train, storage, token = self._job.recipe.train, self._job.storage, self._job.token

@@ -83,7 +83,7 @@ def test_no_checkpoint_is_written_where_every_step_since_the_last_one_was_skippe
     storage = open_storage(str(tmp_path))
     with Lease.acquire(storage, recipe.run_prefix) as lease:
         saver = Saver(storage, lease.token)
-        engine: Any = SimpleNamespace(rank=0, world=1, save=lambda folder: [])
+        engine: Any = SimpleNamespace(rank=0, world=1, stage=lambda folder: list)
         manifest: Any = None
         keeper = Keeper(Job(recipe, storage, manifest, lease.token, None), saver, engine, "plan", print)
         keeper.save(3, lines([1.0, math.nan, math.nan]))

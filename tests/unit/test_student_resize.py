@@ -55,7 +55,10 @@ def _train(rank: int, world: int, folder: str, stage: int, start: int, stop: int
     batches = iter(_batches(rank, world, start, stop))
     losses = [engine.train_step(batches, STEPS).loss for _ in range(start, stop)]
     if stop == SAVED:
-        engine.save(Path(folder) / "saved")
+        # Written after one more step: what is saved is the state at the call.
+        write = engine.stage(Path(folder) / "saved")
+        engine.train_step(iter(_batches(rank, world, stop, stop + 1)), STEPS)
+        write()
     (Path(folder) / f"losses-{world}-{start}-{stop}.json").write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,15 +48,27 @@ def token(storage: SlowStorage, tmp_path: Path) -> Iterator[LeaseToken]:
     torch.distributed.destroy_process_group()
 
 
-def _begin(saver: Saver, storage: SlowStorage, token: LeaseToken, step: int) -> None:
-    def write(folder: Path) -> list[Path]:
-        (folder / "state.pt").write_bytes(step.to_bytes(8, "little"))
-        return [folder / "state.pt"]
+def _begin(
+    saver: Saver, storage: SlowStorage, token: LeaseToken, step: int, before: Callable[[], object] = lambda: None
+) -> Path:
+    """The folder that the files are written to, once `before` returned."""
+    folders = []
+
+    def stage(folder: Path) -> Callable[[], list[Path]]:
+        folders.append(folder)
+
+        def write() -> list[Path]:
+            before()
+            (folder / "state.pt").write_bytes(step.to_bytes(8, "little"))
+            return [folder / "state.pt"]
+
+        return write
 
     def publish(files: list[StoredFile]) -> None:
         checkpoints.publish(storage, token, step, files, loss=1.0, world_size=1, zero_stage=2, plan="p")
 
-    saver.begin(step, write, publish)
+    saver.begin(step, stage, publish)
+    return folders[0]
 
 
 def test_steps_go_on_while_a_checkpoint_is_stored_and_it_counts_once_it_is_whole(
@@ -80,6 +92,31 @@ def test_steps_go_on_while_a_checkpoint_is_stored_and_it_counts_once_it_is_whole
     found = checkpoints.latest_whole(storage, RUN)
     assert found is not None
     assert found.step == 6
+
+
+def test_training_waits_for_no_disk_and_nothing_stays_on_it(storage: SlowStorage, token: LeaseToken) -> None:
+    saver, may_write = Saver(storage, token), threading.Event()
+    storage.may_go.set()
+    folder = _begin(saver, storage, token, 3, lambda: may_write.wait(30))
+    assert saver.take() < 20
+    assert not saver.arrived
+    may_write.set()
+    while not saver.arrived:
+        threading.Event().wait(0.05)
+    assert not folder.exists()
+    saver.land()
+
+
+def test_a_disk_that_is_full_has_arrived_and_raises_where_it_lands(storage: SlowStorage, token: LeaseToken) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    saver = Saver(storage, token)
+    folder = _begin(saver, storage, token, 3, full)
+    with pytest.raises(OSError, match="No space"):
+        saver.land()
+    assert not folder.exists()
+    assert checkpoints.latest_whole(storage, RUN) is None
 
 
 def test_an_upload_that_fails_has_arrived_and_raises_where_it_lands(storage: SlowStorage, token: LeaseToken) -> None:
