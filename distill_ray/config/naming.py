@@ -1,0 +1,19 @@
+"""What Ray's Jobs API calls a run: of name and version alone, so that everybody who submits it means the same job."""
+
+from __future__ import annotations
+
+import hashlib
+
+from distill_ray.config.recipe import Recipe
+
+_READABLE = 80
+"""Characters of the readable part, which goes into URLs and into names of log files."""
+
+
+def submission_id(recipe: Recipe) -> str:
+    """`<name>-<version>-<8 hex digits>`, at most 89 of `a-z A-Z 0-9 . _ -`; the API takes each id once.
+
+    The digits tell apart what reads alike: `a-b`, version `c`, and `a`, version `b-c`.
+    """
+    digits = hashlib.sha256(f"{recipe.name}\0{recipe.version}".encode()).hexdigest()[:8]
+    return f"{recipe.name}-{recipe.version}"[:_READABLE] + f"-{digits}"
