@@ -21,8 +21,9 @@ from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
 from distill_ray.capture.pool import TASK_CPUS, Work
-from distill_ray.capture.spent import ActorTime
 from distill_ray.capture.stages import Teacher, from_row, read, to_row, write
+from distill_ray.config import Recipe
+from distill_ray.cost import ActorTime
 from distill_ray.errors import DistillError
 from distill_ray.schema import UnitSummary
 from distill_ray.session import died, is_death
@@ -37,6 +38,9 @@ _CALLS_PER_TEACHER = 2
 """Units that an actor has at a time: the engine has one, the other is unpickled before it or pickled after it."""
 _UNIT_RETRIES = 4
 """How often a unit may lose its teacher's process before the run fails: one that kills every engine must not loop."""
+_UNITS_PER_TEACHER = 20
+"""Units of full size (about 1 M tokens) that a teacher is started for, where the recipe's range leaves it open: a start
+takes minutes in which its GPUs do nothing, and 20 units are some half an hour of a 70B teacher."""
 _MOST_BLOCKS = 10_000
 
 
@@ -66,10 +70,26 @@ def iter_captured(work: Work) -> Iterator[Captured]:
         raise _own_error(error) from error
 
 
+def pool_size(recipe: Recipe, pending: Units) -> tuple[int, int, int]:
+    """Least, first and greatest number of teachers for what is pending, which is at least one unit.
+
+    Teachers with GPUs are asked for at once, as many as the backlog in bytes is worth: an actor that waits for a node
+    is what makes Ray's autoscaler add one. Ray Data by itself adds actors only where their GPUs are there already.
+    """
+    replicas, most = recipe.teacher.replicas, min(recipe.teacher.replicas.max, len(pending))
+    least = max(1, min(replicas.min, most))
+    if not recipe.teacher.gpus:
+        return least, least, most  # they share CPUs with the readers, which Ray Data sees to
+    worth = -(-int(pending.rows["bytes"].sum()) // (_UNITS_PER_TEACHER * recipe.corpus.unit_bytes))
+    return least, max(least, min(most, worth)), most
+
+
 def _pipeline(work: Work) -> ray.data.Dataset:
     recipe, pending = work.recipe, work.pending
-    replicas = recipe.teacher.replicas
-    tasks = min(_TASKS_PER_TEACHER * replicas.max, len(pending))
+    least, first, most = pool_size(recipe, pending)
+    tasks = min(_TASKS_PER_TEACHER * most, len(pending))
+    # Such a task needs no GPU node; on a student node it would keep that from going away.
+    small: dict[str, Any] = {"num_cpus": TASK_CPUS, "label_selector": recipe.cluster.besides("student") or None}
     # The tokenizer travels as an object: a machine that only tokenises need not stage the teacher's weights.
     tokenizer_ref = ray.put(work.tokenizer)
     as_is: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
@@ -85,27 +105,29 @@ def _pipeline(work: Work) -> ray.data.Dataset:
                     most_tokens=corpus.most_unit_tokens(work.identity.top_k, work.identity.draws),
                     tokenizer_ref=[tokenizer_ref],
                 ),
-                num_cpus=TASK_CPUS,
+                **small,
                 compute=ray.data.TaskPoolStrategy(tasks),
                 **as_is,
             )
             .map_batches(
                 Teacher,
-                fn_constructor_args=(work.engine_factory, recipe.teacher.model),
+                fn_constructor_args=(work.engine_factory, recipe.teacher.model, work.meter),
                 compute=ray.data.ActorPoolStrategy(
-                    min_size=max(1, replicas.min),
-                    max_size=replicas.max,
+                    min_size=least,
+                    initial_size=first,
+                    max_size=most,
                     max_tasks_in_flight_per_actor=_CALLS_PER_TEACHER,
                     max_concurrent_calls_per_actor=_CALLS_PER_TEACHER,
                     enable_true_multi_threading=True,
                 ),
                 max_task_retries=_UNIT_RETRIES,
-                **actor_resources(recipe.teacher),
+                **actor_resources(recipe.teacher, recipe.cluster.selector("teacher")),
+                **recipe.cluster.environments.teacher.options(),
                 **as_is,
             )
             .map_batches(
                 partial(_write_row, storage=work.storage, identity=work.identity),
-                num_cpus=TASK_CPUS,
+                **small,
                 compute=ray.data.TaskPoolStrategy(tasks),
                 **as_is,
             )
@@ -128,11 +150,12 @@ def _unit_sized_blocks() -> Iterator[None]:
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1
     context.raise_original_map_exception = True
-    # The pool grows and shrinks by units given to an actor over its calls; Ray Data's thresholds are for one call. At
-    # its own 1.75 this pool would never grow, and at its 0.5 an engine just loaded would be given back.
+    # The pool grows by units given to an actor over its calls; Ray Data's threshold is for one call: at its own 1.75
+    # this pool would never grow. It shrinks only once no unit waits: each teacher then goes as it is done. What starves
+    # all of them for a moment, a store that does not answer, must not cost a start of each.
     scaling = context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold /= _CALLS_PER_TEACHER
-    scaling.actor_pool_util_downscaling_threshold /= _CALLS_PER_TEACHER
+    scaling.actor_pool_util_downscaling_threshold = -1.0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from distill_ray.capture.spent import TeacherTime
 from distill_ray.config import Recipe
+from distill_ray.cost import TimeSum
 from distill_ray.schema import UnitSummary
 from distill_ray.telemetry import Pace, Value
 from distill_ray.units import HASH, Units
@@ -24,7 +24,7 @@ class Figures:
     """
 
     def __init__(self, recipe: Recipe, pending: Units, clock: Callable[[], float] = time.monotonic) -> None:
-        self.spent = TeacherTime()
+        self.spent = TimeSum()
         self.bytes_left = int(pending.rows["bytes"].sum())
         """Source bytes of what is not captured yet."""
         self.tokens = 0

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from distill_ray import corpus, targets
-from distill_ray.capture.spent import ActorTime, Stopwatch
 from distill_ray.config.generate import GenerateSection
 from distill_ray.config.sections import CorpusSection
+from distill_ray.cost import ActorTime, Beat, Stopwatch, node_type
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, Unit, UnitSummary
 from distill_ray.storage import ConflictError, NotFoundError, Storage, StorageError, stage_folder
@@ -159,19 +159,21 @@ class Teacher:
     Args:
         engine_factory: opens the engine.
         model: folder of the weights, staged to this machine beforehand so that loading is timed apart from it.
+        meter: actor to which it posts its seconds; None: nobody wants to know.
     """
 
-    def __init__(self, engine_factory: EngineFactory, model: str) -> None:
+    def __init__(self, engine_factory: EngineFactory, model: str, meter: Any = None) -> None:
         # Ray passes on an error of a constructor as text only. Raised by the first call, it arrives as what it is.
         self._refused: DistillError | None = None
-        self._watch = Stopwatch()
+        self._watch = Stopwatch(node_type=node_type())
+        self._beat = Beat(self._watch, meter)
         # Calls come from several threads; an engine may keep state of the thread that uses it, as CUDA does.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         try:
             stage_folder(model)
-            self._watch.lap("staging")
+            self._watch.enter("loading")
             self._engine = engine_factory()
-            self._watch.lap("loading")
+            self._watch.enter("idle")
         except DistillError as error:
             self._refused = error
 
@@ -181,7 +183,9 @@ class Teacher:
         return to_row(self._thread.submit(self._teach, from_row(table)).result())
 
     def _teach(self, work: ReadUnit) -> TaughtUnit:
-        self._watch.lap("idle")
+        self._watch.enter("busy")
         taught = teach(self._engine, work)
-        self._watch.lap("busy")
+        self._watch.enter("idle")
+        self._watch.did(1, sum(len(s.tokens) for s in taught.sequences))
+        self._beat.post()
         return replace(taught, spent=self._watch.read())

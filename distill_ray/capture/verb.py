@@ -9,23 +9,30 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from distill_ray import corpus, targets, teacher
+from distill_ray.capture.budget import Budget
+from distill_ray.capture.emitting import CaptureMeters, live_teachers
 from distill_ray.capture.figures import Figures
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config import Recipe, identity_of
+from distill_ray.cost import metered
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import LeaseToken, publish, put_owned, read_published
+from distill_ray.metrics import Meters
 from distill_ray.schema import DeadLetter, UnitSummary
 from distill_ray.storage import Storage, stage_folder
 from distill_ray.targets import CaptureIdentity, RunManifest
 from distill_ray.telemetry import Progress
 from distill_ray.units import Units, hashes_of, in_sorted, places_in, texts
+
+if TYPE_CHECKING:
+    from distill_ray.capture.pool import Work
 
 _INDEX_BATCH = 1000
 _INDEX_EVERY_S = 60.0
@@ -69,7 +76,8 @@ def run(
     """Capture whatever of the corpus is not captured yet, and publish the run's manifest. Ray must be initialised.
 
     The published entry "targets" also counts the units `captured` by this call (and their `captured_tokens`) and
-    those `reused`; `teacher_of_command` is what this call's teachers spent, as far as it is known (`TeacherTime`).
+    those `reused`; `teacher_of_command` is what this call's teachers spent, until each one's last unit; what all
+    commands spent is in the run's usage (`distill_ray.cost`).
 
     A version's units are settled when its manifest is first published: what came into the corpus since is another
     version's, or a student half trained would go on with other data.
@@ -84,6 +92,7 @@ def run(
 
     Raises:
         UserError: nothing in the corpus could be captured, or the teacher cannot be used.
+        BudgetSpentError: `capture.max_gpu_hours` is spent; what is finished is kept and indexed.
         StoppedError: `stop` was set.
         LeaseLostError: another driver owns the run by now; its manifest stands.
     """
@@ -112,13 +121,9 @@ def run(
         if pending:
             from distill_ray.capture import pool
 
-            work = pool.Work(recipe, storage, identity, tokenizer, pending, factory)
-            stream = pool.summaries(work, stop, bar.note, figures.spent.add)
-            with closing(stream), closing(_indexed(storage, identity, stream)) as finished:
-                for summary in finished:
-                    size = figures.add(summary)
-                    kept_mass = summary.kept_mass_sum / max(summary.rows, 1)
-                    bar.advance(1, weight=size, kept_mass=kept_mass, **figures.shown())
+            with metered(recipe, storage, token, "capture") as meter:
+                work = pool.Work(recipe, storage, identity, tokenizer, pending, factory, meter)
+                _capture(work, token, stop, bar, figures, len(units))
     counts |= {"captured_tokens": figures.tokens, "teacher_of_command": figures.spent.to_json()}
     # Read back rather than kept: captures take days, and summaries 16 bytes a sequence.
     summaries, _ = targets.load_table(storage, identity, only=units.hashes)
@@ -127,6 +132,28 @@ def run(
     entry = targets.write_run_manifest(storage, token, identity, units, summaries)
     publish(storage, token, "targets", entry | counts)
     return targets.read_run_manifest(storage, entry)
+
+
+def _capture(work: Work, token: LeaseToken, stop: threading.Event, bar: Progress, figures: Figures, units: int) -> None:
+    from distill_ray.capture import pool
+
+    recipe = work.recipe
+    budget = Budget(recipe, work.storage, token.epoch)
+    budget.check()
+    labels = (recipe.name, recipe.version, "capture")
+    meters = CaptureMeters(Meters(*labels), recipe, figures, units, units - len(work.pending), live_teachers)
+
+    def hold(seconds: Mapping[str, float]) -> None:
+        budget.hold(seconds)
+        meters.hold(budget.hours)
+
+    stream = pool.summaries(work, stop, bar.note, figures.spent.add, hold, meters.tick)
+    with closing(meters), closing(stream), closing(_indexed(work.storage, work.identity, stream)) as finished:
+        for summary in finished:
+            size = figures.add(summary)
+            meters.unit(summary)
+            kept_mass = summary.kept_mass_sum / max(summary.rows, 1)
+            bar.advance(1, weight=size, kept_mass=kept_mass, **figures.shown(), **budget.shown())
 
 
 def pending_units(storage: Storage, identity: CaptureIdentity, units: Units, report: Callable[[str], None]) -> Units:
@@ -215,7 +242,10 @@ def _require_sequences(recipe: Recipe, units: Units, summaries: pa.Table) -> Non
 def _write_dead_letters(
     storage: Storage, token: LeaseToken, identity: CaptureIdentity, units: Units, summaries: pa.Table
 ) -> None:
-    """Write the run's `dead-letters.jsonl` anew from the units' own lists, so that no rerun lists one twice."""
+    """Write the run's dead letters anew from the units' own lists, so that no rerun lists one twice.
+
+    They lie in a folder of their own, beside `runs/`: a bucket's rule that removes old ones knows prefixes alone.
+    """
     having = hashes_of(summaries["unit"])[summaries["dead"].to_numpy() > 0]
     letters: list[DeadLetter] = []
     for unit in units.where(in_sorted(having, units.hashes)):
@@ -223,4 +253,5 @@ def _write_dead_letters(
         found = targets.open_unit(storage, identity, unit.hash).dead
         letters += [replace(letter, source=unit.source.uri) for letter in found]
     text = "".join(json.dumps(asdict(letter), ensure_ascii=False) + "\n" for letter in letters)
-    put_owned(storage, token, f"{token.run_prefix}/dead-letters.jsonl", text.encode())
+    key = f"dead-letters/{token.run_prefix.removeprefix('runs/')}.jsonl"
+    put_owned(storage, token, key, text.encode())

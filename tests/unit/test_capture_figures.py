@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from distill_ray.capture.figures import Figures
-from distill_ray.capture.spent import ActorTime
 from distill_ray.config import parse_recipe
+from distill_ray.cost import ActorTime
 from distill_ray.schema import UnitSummary
 from distill_ray.units import Units
 from tests.unit.targets_fakes import unit
-from tests.unit.test_capture_spent import Clock
+from tests.unit.test_cost_spent import Clock
 
 UNITS = [replace(unit(name), bytes=size) for name, size in (("a", 1000), ("b", 3000), ("c", 6000))]
 
