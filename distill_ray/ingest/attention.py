@@ -29,3 +29,21 @@ def attention_mask(document_ids_BT: Tensor, dtype: torch.dtype | None = None) ->
     if dtype is None:
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def document_bounds(document_ids_BT: Tensor) -> Tensor:
+    """Where each document begins in the flattened B·T tokens, and B·T at the end: what a mask says, in S + 1 numbers.
+
+    A document's tokens lie side by side. The padding of a row is one more document, whose states nobody reads: a
+    kernel leaves what lies outside all sequences unwritten, and needs room for each sequence, so not one a token.
+
+    Args:
+        document_ids_BT: [B, T] integers, −1 for padding. On a GPU, the host waits for the number of documents.
+
+    Returns:
+        int32 [S + 1].
+    """
+    first_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)  # a row's first token begins a document
+    first_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    starts_S = first_BT.flatten().nonzero()[:, 0]
+    return torch.cat([starts_S, starts_S.new_tensor([first_BT.numel()])]).int()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill_ray import codec
 from distill_ray.errors import CannotCaptureError, IntegrityError, UserError
+from distill_ray.ingest.attention import document_bounds
 from distill_ray.ingest.drawn import DrawnRows
 from distill_ray.ingest.plan import Pack, SeqRef
 from distill_ray.losses import SparseTargets
@@ -45,6 +46,10 @@ class PackedBatch:
     """Micro-batches of the step, the same on every rank."""
     supervised: int = 0
     """Supervised tokens of the whole step over all ranks: what the loss is divided by."""
+    batch_id: int = 0
+    """`ingest.batch_id` of its sequences; over ranks and micro-batches they add up to that of the step."""
+    bounds: Tensor | None = None
+    """int32 [S + 1], `document_bounds`; set by `to`, before a GPU holds the ids and would have to be waited for."""
 
     @property
     def last(self) -> bool:
@@ -55,6 +60,8 @@ class PackedBatch:
         """The same batch on another device."""
         names = ("input_ids", "position_ids", "document_ids", "rows", "actual_logprob_N", "actual_rank_N")
         moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        bounds = document_bounds(self.document_ids) if self.bounds is None else self.bounds
+        moved["bounds"] = bounds.to(device, non_blocking=non_blocking)
         return replace(self, targets=self.targets.to(device, non_blocking=non_blocking), **moved)
 
 

@@ -11,10 +11,10 @@ from typing import Self
 
 from distill_ray.errors import CannotCaptureError
 from distill_ray.ingest.batch import PackedBatch, TargetFormat, collate
-from distill_ray.ingest.plan import BatchPlan, Pack
+from distill_ray.ingest.plan import BatchPlan, Pack, SeqRef, batch_id
 from distill_ray.ingest.units import UnitCache, open_cache
 from distill_ray.storage.base import Storage
-from distill_ray.targets import CaptureIdentity
+from distill_ray.targets import CaptureIdentity, StoredSequence
 
 
 def rank_micro_batches(batch: Sequence[Pack], rank: int, world: int, micro_batch_packs: int) -> list[list[Pack]]:
@@ -47,7 +47,7 @@ class PackLoader:
         micro_batch_packs: packs of one forward pass.
         start_step: first global batch.
         prefetch: micro-batches decoded ahead.
-        cache: where fetched target objects are kept; None makes one by `open_cache`.
+        cache: gives the stored sequences, closed with the loader; None makes one by `open_cache`.
     """
 
     def __init__(
@@ -87,7 +87,19 @@ class PackLoader:
             for micro, packs in enumerate(parts):
                 yield step, micro, len(parts), packs
 
-    def _load(self, step: int, micro: int, micro_steps: int, packs: list[Pack]) -> PackedBatch:
+    def _begin(self, step: int, micro: int, micro_steps: int, packs: list[Pack]) -> Future[PackedBatch]:
+        refs = [ref for pack in packs for ref in pack]
+        return self._executor.submit(self._load, step, micro, micro_steps, packs, refs, self._units.begin(refs))
+
+    def _load(
+        self,
+        step: int,
+        micro: int,
+        micro_steps: int,
+        packs: list[Pack],
+        refs: list[SeqRef],
+        read: Callable[[], list[StoredSequence]],
+    ) -> PackedBatch:
         temperature = self._temperature(step) if callable(self._temperature) else self._temperature
         if self._draws and temperature != self._identity.draws_temperature:
             raise CannotCaptureError(
@@ -97,9 +109,10 @@ class PackLoader:
         identity = self._identity
         draws_from = identity.draws_from if self._draws else None
         form = TargetFormat(identity.top_k, identity.vocab_size, temperature, self._student_ids, draws_from)
-        found = collate(packs, lambda ref: self._units.get(ref.unit).sequence(ref.index), form, self._plan.pack_tokens)
-        supervised = self._plan.supervised(step)
-        return replace(found, step=step, micro=micro, micro_steps=micro_steps, supervised=supervised)
+        stored = dict(zip(refs, read(), strict=True))
+        found = collate(packs, stored.__getitem__, form, self._plan.pack_tokens)
+        place = {"step": step, "micro": micro, "micro_steps": micro_steps, "supervised": self._plan.supervised(step)}
+        return replace(found, **place, batch_id=batch_id(refs))
 
     def __iter__(self) -> Self:
         return self
@@ -108,7 +121,7 @@ class PackLoader:
         if self._closed:
             raise StopIteration
         while len(self._pending) < self._prefetch and (work := next(self._work, None)) is not None:
-            self._pending.append(self._executor.submit(self._load, *work))
+            self._pending.append(self._begin(*work))
         if not self._pending:
             self.close()
             raise StopIteration
@@ -119,10 +132,11 @@ class PackLoader:
             self.wait_seconds += time.perf_counter() - begun
 
     def close(self) -> None:
-        """Stop the thread; the batch it is working on is finished and dropped."""
+        """Stop the thread and close the cache; the batch it is working on is finished and dropped."""
         self._closed = True
         self._pending.clear()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._units.close()
 
     def __enter__(self) -> Self:
         return self

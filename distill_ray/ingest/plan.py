@@ -7,13 +7,16 @@ next batch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
 from distill_ray.corpus import held_out
 from distill_ray.errors import UserError
+from distill_ray.ingest.mixing import epoch_counts, times_of
 from distill_ray.ingest.packing import pack_lengths
 from distill_ray.targets import ManifestUnit, RunManifest
 
@@ -29,6 +32,17 @@ class SeqRef:
     """Tokens."""
     supervised: int
     """Supervised tokens; each is one target row."""
+
+
+def batch_id(refs: Iterable[SeqRef]) -> int:
+    """Tells sets of sequences apart: the sum of a 32-bit hash of each, so that parts of a batch add up to its own.
+
+    Exact as a float64 up to 2 million sequences.
+    """
+    return sum(
+        int.from_bytes(hashlib.blake2b(f"{ref.unit} {ref.index}".encode(), digest_size=4).digest(), "big")
+        for ref in refs
+    )
 
 
 Pack = tuple[SeqRef, ...]
@@ -53,10 +67,9 @@ class _Sequences:
     length_S: np.ndarray
     supervised_S: np.ndarray
     doc_key_S: np.ndarray
-    multiplicity_S: np.ndarray
 
     def where(self, rows: np.ndarray) -> _Sequences:
-        columns = (self.unit_S, self.index_S, self.length_S, self.supervised_S, self.doc_key_S, self.multiplicity_S)
+        columns = (self.unit_S, self.index_S, self.length_S, self.supervised_S, self.doc_key_S)
         return _Sequences(*(c[rows] for c in columns))
 
 
@@ -137,8 +150,15 @@ class BatchPlan:
 
     def supervised(self, step: int) -> int:
         """Supervised tokens of global batch `step` over all ranks: the loss's normaliser."""
+        return int(self.sequences.supervised_S[self._rows(step)].sum())
+
+    def lengths(self, step: int) -> np.ndarray:
+        """int64 [documents] tokens of each sequence of global batch `step`."""
+        return self.sequences.length_S[self._rows(step)]
+
+    def _rows(self, step: int) -> np.ndarray:
         first, last = self._entries(step)
-        return int(self.sequences.supervised_S[self.order_E[self.offsets[first] : self.offsets[last]]].sum())
+        return self.order_E[self.offsets[first] : self.offsets[last]]
 
 
 def _columns(units: list[ManifestUnit]) -> _Sequences:
@@ -153,14 +173,15 @@ def _columns(units: list[ManifestUnit]) -> _Sequences:
         joined([u.lengths for u in units], np.int64),
         joined([u.supervised for u in units], np.int64),
         joined([u.doc_keys for u in units], np.uint64),
-        np.repeat(np.array([u.multiplicity for u in units], dtype=np.int64), counts),
     )
 
 
-def _training_order(s: _Sequences, seed: int, epochs: int, pack_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    entries = np.repeat(np.arange(len(s.length_S)), s.multiplicity_S)
+def _training_order(
+    s: _Sequences, times_S: np.ndarray, seed: int, epochs: int, pack_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
     orders, sizes = [], []
     for epoch in range(epochs):
+        entries = np.repeat(np.arange(len(s.length_S)), epoch_counts(times_S, s.doc_key_S, seed, epoch))
         rng = np.random.Generator(np.random.PCG64([seed, epoch]))
         shuffled = rng.permutation(entries)
         order, offsets = pack_lengths(s.length_S[shuffled], pack_tokens)
@@ -183,12 +204,13 @@ def build_plan(
     seed: int = 0,
     epochs: int = 1,
     max_sequences: int | None = None,
+    mix: Mapping[str, float] = MappingProxyType({}),
 ) -> BatchPlan:
     """Plan every batch of a run. A million sequences take a few seconds.
 
     `train`: sequences of documents not held out, with at least one supervised token, each as often as its unit
-    occurs in the corpus; a permutation by PCG64([seed, epoch]) for each epoch. `held_out`: the other documents, once
-    each, ordered by document hash, the first `max_sequences` of them.
+    occurs in the corpus, times the weight of its source; a permutation by PCG64([seed, epoch]) for each epoch.
+    `held_out`: the other documents, once each, ordered by document hash, the first `max_sequences` of them.
 
     Args:
         manifest: the run's units; their order does not matter.
@@ -199,9 +221,11 @@ def build_plan(
         seed: fixes the order; `train` only.
         epochs: passes; `train` only.
         max_sequences: `held_out` only; None takes all.
+        mix: weights by source, see `mixing`; 1 where none is stated; `train` only.
 
     Raises:
-        UserError: this split holds no supervised token, or a sequence is longer than pack_tokens.
+        UserError: this split holds no supervised token, a sequence is longer than pack_tokens, or a pattern of `mix`
+            matches no source, or two match one.
     """
     units = sorted(manifest.units, key=lambda u: u.unit)
     every = _columns(units)
@@ -218,7 +242,13 @@ def build_plan(
             "raise train.pack_tokens"
         )
     if split == "train":
-        order, offsets = _training_order(s, seed, epochs, pack_tokens)
+        times_U = times_of([u.source for u in units], np.array([u.multiplicity for u in units]), mix)
+        order, offsets = _training_order(s, times_U[s.unit_S], seed, epochs, pack_tokens)
+        if not len(order):
+            raise UserError(
+                f"train.mix={dict(mix)} leaves nothing of {len(s.length_S)} training sequences in {epochs} epoch(s); "
+                "raise a weight, or train.epochs"
+            )
     else:
         s = s.where(np.lexsort((s.index_S, s.unit_S, s.doc_key_S))[:max_sequences])
         order, offsets = pack_lengths(s.length_S, pack_tokens)

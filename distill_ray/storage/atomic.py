@@ -126,6 +126,20 @@ def explain_os(error: OSError, path: Path, action: str, size: int | None = None)
     )
 
 
+def write_at(descriptor: int, data: bytes, offset: int, path: Path) -> None:
+    """All of `data` into an open file at `offset`; `path` is for messages. Raises StorageError.
+
+    A disk that is nearly full takes a part of it, and says so by a number alone.
+    """
+    left = memoryview(data)
+    try:
+        while left:
+            written = os.pwrite(descriptor, left, offset)
+            left, offset = left[written:], offset + written
+    except OSError as error:
+        raise explain_os(error, path, "write", len(data)) from error
+
+
 def free_bytes(path: Path) -> int:
     """Bytes free on the disk that `path` lies, or will lie, on."""
     return shutil.disk_usage(_existing(path)).free

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_ray.storage.atomic import TEMPORARY, free_bytes, replace_durably
+from distill_ray.storage.atomic import TEMPORARY, free_bytes, replace_durably, write_at
 from distill_ray.storage.base import ObjectInfo, StorageError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class _PartialFile:
             raise StorageError(f"{storage.uri}/{self._info.key}: {len(data)} of {length} bytes came; run again")
         descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.pwrite(descriptor, data, start)
+            write_at(descriptor, data, start, self._partial)
         finally:
             os.close(descriptor)
         line = f"{part} {hashlib.sha256(data).hexdigest()}\n"

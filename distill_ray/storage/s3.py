@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,14 +17,16 @@ from distill_ray.errors import IntegrityError
 from distill_ray.storage.atomic import TEMPORARY, explain_os, is_hidden, replace_durably, temporary_beside
 from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, StorageError
 from distill_ray.storage.s3_client import s3_client
-from distill_ray.storage.s3_errors import BROKEN_BODY, S3_ERRORS, explain, status_of
+from distill_ray.storage.s3_errors import S3_ERRORS, explain, status_of
 from distill_ray.storage.s3_input import RangeStream
+from distill_ray.storage.s3_patience import OUTAGE_S, persist
 from distill_ray.storage.uris import split_s3
 
 T = TypeVar("T")
 
 _MULTIPART = 64 << 20
-_BODY_ATTEMPTS = 5
+_QUICK_S = 5.0
+"""A check at the start outlasts throttling, not an outage: the endpoint may be wrong."""
 _WRITER = "writer"  # user metadata that tells a conditional PUT's own retry from a rival's object
 
 
@@ -36,6 +37,8 @@ class S3Storage:
         self._bucket, prefix = split_s3(uri)
         self._prefix = f"{prefix}/" if prefix else ""
         self._bucket_seen = False
+        # Travels with the object: workers know from the driver that the endpoint is right, and wait for the store.
+        self._answered = False
 
     @property
     def uri(self) -> str:
@@ -49,7 +52,7 @@ class S3Storage:
             answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key))
             return answer["Body"].read(), _bare(answer["ETag"])
 
-        return self._body("read", key, whole)
+        return self._ask("read", key, whole)
 
     def get_range(self, key: str, start: int, length: int, version: str | None = None) -> bytes:
         """With a `version`, raises IntegrityError once the object is at another one."""
@@ -67,25 +70,27 @@ class S3Storage:
             self._ask("write", key, lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=data))
 
     def put_if(self, key: str, data: bytes, version: str | None) -> str:
-        name, writer = self._name(key), uuid.uuid4().hex
-        try:
-            if version is None:
-                answer = self._client.put_object(
-                    Bucket=self._bucket, Key=name, Body=data, Metadata={_WRITER: writer}, IfNoneMatch="*"
-                )
-            else:
-                answer = self._client.put_object(
-                    Bucket=self._bucket, Key=name, Body=data, Metadata={_WRITER: writer}, IfMatch=f'"{version}"'
-                )
+        name, writer, attempts = self._name(key), uuid.uuid4().hex, 0
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
+
+        def write() -> str:
+            nonlocal attempts
+            attempts += 1
+            answer = self._client.put_object(
+                Bucket=self._bucket, Key=name, Body=data, Metadata={_WRITER: writer}, **condition
+            )
             return _bare(answer["ETag"])
+
+        try:
+            return self._persist(write)
         except ClientError as error:
             # 412: not at the version; 409: a rival is writing this moment; 404: If-Match on no object (AWS).
             lost = status_of(error) in (409, 412) or (status_of(error) == 404 and version is not None)
             explained = self._explain(error, "write", key)
             if not lost or (status_of(error) == 404 and isinstance(explained, StorageError)):
                 raise explained from error
-            retried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
-            mine = self._written_by(name, writer) if retried else None
+            retried = attempts > 1 or error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
+            mine = self._written_by(key, writer) if retried else None
             if mine is None:
                 raise ConflictError(
                     f"{self._target(key)} is no longer at version {version}; nothing was written"
@@ -107,38 +112,37 @@ class S3Storage:
 
         try:
             with temporary_beside(path) as temporary:
-                self._body("read", key, lambda: fetch(temporary))
+                self._ask("read", key, lambda: fetch(temporary))
                 replace_durably(temporary, path)
         except OSError as error:
             raise explain_os(error, path, "write") from error
 
     def head(self, key: str) -> ObjectInfo | None:
-        name = self._name(key)
-        try:
-            found = self._client.head_object(Bucket=self._bucket, Key=name)
-        except ClientError as error:
-            if status_of(error) == 404:
-                self._require_bucket()
-                return None
-            raise self._explain(error, "read", key) from error
-        except S3_ERRORS as error:
-            raise self._explain(error, "read", key) from error
+        found = self._head(key)
+        if found is None:
+            self._require_bucket()
+            return None
         return ObjectInfo(key, found["ContentLength"], _bare(found["ETag"]), found["LastModified"].timestamp())
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix
-        )
-        turn: Iterator[dict[str, Any]] = iter(pages)
+        more: dict[str, str] = {}
         while True:
-            page = self._ask("list", prefix, lambda: next(turn, None))
-            if page is None:
-                return
+            # No paginator: after an error it would end as if the listing were complete.
+            page = self._ask(
+                "list",
+                prefix,
+                lambda more=more: self._client.list_objects_v2(
+                    Bucket=self._bucket, Prefix=self._prefix + prefix, **more
+                ),
+            )
             for each in page.get("Contents", []):
                 key = each["Key"][len(self._prefix) :]
                 # A key that ends with a slash is a "folder" that a console made; it has no bytes.
                 if not key.endswith("/") and not is_hidden(key.rpartition("/")[2]):
                     yield ObjectInfo(key, each["Size"], _bare(each["ETag"]), each["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, key: str) -> None:
         name = self._name(key)
@@ -151,7 +155,10 @@ class S3Storage:
         pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
         turn: Iterator[dict[str, Any]] = iter(pages)
         while True:
-            page = self._ask("list", "", lambda: next(turn, None))
+            try:
+                page = next(turn, None)
+            except S3_ERRORS as error:
+                raise self._explain(error, "list", "") from error
             if page is None:
                 return
             for each in page.get("Uploads", []):
@@ -205,24 +212,28 @@ class S3Storage:
     def _explain(self, error: Exception, action: str, key: str):
         return explain(error, action, self._target(key), self._client.meta.endpoint_url)
 
+    def _persist(self, request: Callable[[], T]) -> T:
+        """An endpoint that never answered is more likely wrong than down: there botocore's patience must do."""
+        answer = persist(request, OUTAGE_S if self._answered else 0.0)
+        self._answered = True
+        return answer
+
     def _ask(self, action: str, key: str, request: Callable[[], T]) -> T:
         try:
-            return request()
+            return self._persist(request)
         except S3_ERRORS as error:
             raise self._explain(error, action, key) from error
 
-    def _body(self, action: str, key: str, request: Callable[[], T]) -> T:
-        """`request` reads a response's body: a body that breaks off is asked for again, with growing pauses."""
-        for attempt in range(1, _BODY_ATTEMPTS + 1):
-            try:
-                return request()
-            except BROKEN_BODY as error:
-                if attempt == _BODY_ATTEMPTS:
-                    raise self._explain(error, action, key) from error
-                time.sleep(random.uniform(0.1, 0.2) * 2**attempt)
-            except S3_ERRORS as error:
-                raise self._explain(error, action, key) from error
-        raise AssertionError("unreachable")
+    def _head(self, key: str) -> dict[str, Any] | None:
+        """The answer to a HEAD; None for a 404, which does not tell a missing object from a missing bucket."""
+        try:
+            return self._persist(lambda: self._client.head_object(Bucket=self._bucket, Key=self._name(key)))
+        except ClientError as error:
+            if status_of(error) == 404:
+                return None
+            raise self._explain(error, "read", key) from error
+        except S3_ERRORS as error:
+            raise self._explain(error, "read", key) from error
 
     def _range(self, key: str, start: int, length: int, version: str | None) -> bytes:
         if length <= 0:
@@ -236,7 +247,7 @@ class S3Storage:
             return answer["Body"].read()
 
         try:
-            return self._body("read", key, part)
+            return self._ask("read", key, part)
         except StorageError as error:
             status = status_of(error.__cause__) if isinstance(error.__cause__, ClientError) else 0
             if status == 416:  # starts at or past the end
@@ -253,16 +264,13 @@ class S3Storage:
         found = self._ask("read", key, lambda: self._client.head_object(Bucket=self._bucket, Key=self._name(key)))
         return "SSECustomerAlgorithm" in found or found.get("ServerSideEncryption", "").startswith("aws:kms")
 
-    def _written_by(self, name: str, writer: str) -> str | None:
+    def _written_by(self, key: str, writer: str) -> str | None:
         """The version, if this very call wrote it: its first answer was lost and its retry met its own object."""
-        try:
-            found = self._client.head_object(Bucket=self._bucket, Key=name)
-        except ClientError:
-            return None
-        return _bare(found["ETag"]) if found.get("Metadata", {}).get(_WRITER) == writer else None
+        found = self._head(key)
+        return _bare(found["ETag"]) if found and found.get("Metadata", {}).get(_WRITER) == writer else None
 
     def _require_bucket(self) -> None:
-        """A HEAD's 404 does not say whether the object or the whole bucket is missing."""
+        """Asked once a process, after a HEAD's 404."""
         if not self._bucket_seen:
             require_bucket(self._client, self._bucket)
             self._bucket_seen = True
@@ -272,7 +280,7 @@ def require_bucket(client: BaseClient, bucket: str) -> None:
     """Raises StorageError if the bucket is not there or the keys may not see it."""
     target, endpoint = f"s3://{bucket}", client.meta.endpoint_url
     try:
-        client.head_bucket(Bucket=bucket)
+        persist(lambda: client.head_bucket(Bucket=bucket), _QUICK_S)
     except S3_ERRORS as error:
         if isinstance(error, ClientError) and status_of(error) == 404:
             raise StorageError(
@@ -288,11 +296,12 @@ def check_s3(uri: str) -> None:
     probe = f"{prefix}/{TEMPORARY}check-{uuid.uuid4().hex}".lstrip("/")
     action = "list"
     try:
-        client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1)
+        under = f"{prefix}/" if prefix else ""
+        persist(lambda: client.list_objects_v2(Bucket=bucket, Prefix=under, MaxKeys=1), _QUICK_S)
         action = "write under"
-        client.put_object(Bucket=bucket, Key=probe, Body=b"probe")
+        persist(lambda: client.put_object(Bucket=bucket, Key=probe, Body=b"probe"), _QUICK_S)
         action = "delete under"
-        client.delete_object(Bucket=bucket, Key=probe)
+        persist(lambda: client.delete_object(Bucket=bucket, Key=probe), _QUICK_S)
     except S3_ERRORS as error:
         raise explain(error, action, uri, client.meta.endpoint_url) from error
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from boto3.exceptions import Boto3Error, RetriesExceededError
 from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from distill_ray.errors import DistillError
 from distill_ray.storage.base import NotFoundError, StorageError
 
-# All that a request through boto3 raises of its own.
-S3_ERRORS = (BotoCoreError, ClientError, Boto3Error)
+# All that a request through boto3 raises. ResponseParserError, for an answer that is no XML, has no base in common with
+# the others, and urllib3's own errors escape where an error's body breaks off.
+S3_ERRORS = (BotoCoreError, ClientError, Boto3Error, ResponseParserError, HTTPError)
 
 # The response broke off or did not match its checksum after the headers had come: botocore does not retry those.
 BROKEN_BODY = (
@@ -18,7 +21,12 @@ BROKEN_BODY = (
     boto.IncompleteReadError,
     boto.ReadTimeoutError,
     boto.FlexibleChecksumError,
+    HTTPError,
 )
+
+# A request damaged on its way, which the store noticed by its checksum or signed hash, or one that came too slowly.
+_DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "RequestTimeout")
+_THROTTLED = ("SlowDown", "RequestLimitExceeded", "Throttling", "ThrottlingException", "TooManyRequestsException")
 
 _KEYS_REMEDY = {
     "InvalidAccessKeyId": "the access key does not exist there: check AWS_ACCESS_KEY_ID (or the profile, or role)",
@@ -41,16 +49,34 @@ def explain(error: Exception, action: str, target: str, endpoint: str) -> Distil
         target: the object's `s3://` URI.
         endpoint: URL that was asked.
     """
-    if isinstance(error, Boto3Error):
-        # boto3's transfer manager wraps the request's own error.
-        retried = isinstance(error, RetriesExceededError)
-        inner = error.last_exception if retried else error.__cause__ or error.__context__
-        if isinstance(inner, (BotoCoreError, ClientError)):
-            error = inner
+    error = cause_of(error)
     where = f"cannot {action} {target} at {endpoint}"
     if isinstance(error, ClientError):
         return _explain_answer(error, where, target)
     return StorageError(f"{where}: {_explain_silence(error)}")
+
+
+def cause_of(error: Exception) -> Exception:
+    """The request's own error inside the wrapping of boto3's transfer manager, or the error itself."""
+    if isinstance(error, Boto3Error):
+        retried = isinstance(error, RetriesExceededError)
+        inner = error.last_exception if retried else error.__cause__ or error.__context__
+        if isinstance(inner, (BotoCoreError, ClientError, HTTPError)):
+            return inner
+    return error
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the very same request may succeed later: no answer, a throttled or failing server, damage on the way."""
+    error = cause_of(error)
+    if isinstance(error, ClientError):
+        status, code = status_of(error), code_of(error)
+        if code in _KEYS_REMEDY:
+            return False
+        return code in _DAMAGED or code in _THROTTLED or status == 429 or (status >= 500 and status not in (501, 507))
+    if isinstance(error, boto.SSLError):
+        return False
+    return isinstance(error, (boto.ConnectionError, boto.HTTPClientError, ResponseParserError, *BROKEN_BODY))
 
 
 def status_of(error: ClientError) -> int:
@@ -110,4 +136,6 @@ def _explain_silence(error: Exception) -> str:
             f"no answer ({type(error).__name__}); check that the endpoint is up and AWS_ENDPOINT_URL is right, "
             "then run again: all finished work is kept"
         )
+    if isinstance(error, (ResponseParserError, *BROKEN_BODY)):
+        return f"its answers arrive damaged ({type(error).__name__}: {error}); check the network, then run again"
     return f"{type(error).__name__}: {error}; check the AWS settings, then run again"

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from distill_ray.codec import at_temperature, decode, row_bytes
 from distill_ray.errors import IntegrityError, UserError
-from distill_ray.schema import DeadLetter, SourceSlice, TargetRows, Unit, UnitSummary
+from distill_ray.schema import DeadLetter, TargetRows, UnitSummary
 from distill_ray.storage.base import NotFoundError, Storage
 from distill_ray.targets.container import MAGIC, REMEDY, Fetch, Region, Window, check_region, open_sealed
 from distill_ray.targets.draws import decode_draws
+from distill_ray.targets.footer import check_identity, open_footer
 from distill_ray.targets.identity import CaptureIdentity, fingerprint_of, unit_key
-from distill_ray.targets.layout import METADATA_KEY, SCHEMA_VERSION, StoredSequence, checksum, from_table
-
-
-@dataclass(frozen=True)
-class UnitInfo:
-    """The checked footer of a target object."""
-
-    identity: CaptureIdentity
-    unit: Unit
-    sequences: int
-    rows: int
-    kept_mass_sum: float
-    dead: tuple[DeadLetter, ...]
-    entropy: bool
-    """Whether the rows hold the teacher's entropy; the one column that objects of a capture may have or lack."""
-    regions: tuple[Region, ...]
+from distill_ray.targets.layout import StoredSequence, checksum, from_table
 
 
 def decode_rows(identity: CaptureIdentity, stored: StoredSequence, temperature: float = 1.0) -> TargetRows:
@@ -89,8 +71,8 @@ class UnitReader:
         self._fetch, self._where, self._fingerprint = fetch, where, fingerprint
         footer, sealed = open_sealed(size, fetch, where)
         self._window = Window(size)
-        self._file, self.info = _open_parquet(footer, self._window, sealed, where)
-        _check_identity(self.info, fingerprint, unit, where)
+        self._file, self.info = open_footer(footer, self._window, sealed, where)
+        check_identity(self.info, fingerprint, unit, where)
         groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
         self._first = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
 
@@ -105,6 +87,16 @@ class UnitReader:
 
     def __len__(self) -> int:
         return self.info.sequences
+
+    @property
+    def groups(self) -> int:
+        """Row groups of the object."""
+        return len(self.info.regions)
+
+    def group_of(self, i: int) -> tuple[int, int]:
+        """First and last + 1 of the sequences that share sequence i's row group: reading one costs reading all."""
+        g = int(np.searchsorted(self._first, i, side="right"))
+        return int(self._first[g - 1]), int(self._first[g])
 
     def sequences(self, start: int, stop: int) -> list[StoredSequence]:
         """Sequences start … stop − 1, verified.
@@ -204,57 +196,6 @@ class UnitTargets:
             distinct_draws=sum(len(s.draws.words_M) for s in self._sequences if s.draws is not None),
             unfinished=sum(s.finish == "length" for s in self._sequences),
         )
-
-
-def _open_parquet(footer: bytes, window: Window, sealed: int, where: str) -> tuple[pq.ParquetFile, UnitInfo]:
-    """The one place where pyarrow's and JSON's own errors about a footer become ours."""
-    try:
-        parsed = pq.read_metadata(pa.BufferReader(footer))
-        metadata = json.loads((parsed.metadata or {})[METADATA_KEY])
-        # Given its metadata, pyarrow reads nothing of the window but the row groups asked for.
-        file = pq.ParquetFile(window, metadata=parsed, pre_buffer=False)
-        return file, _info(metadata, file, sealed, where)
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{where}: its footer cannot be read ({type(error).__name__}: {error}); {REMEDY}"
-        ) from error
-
-
-def _info(metadata: dict[str, Any], file: pq.ParquetFile, sealed: int, where: str) -> UnitInfo:
-    if metadata["schema_version"] != SCHEMA_VERSION:
-        raise IntegrityError(
-            f"{where}: schema version {metadata['schema_version']}, this program reads {SCHEMA_VERSION}; use the "
-            "version of distill_ray that wrote it, or capture again"
-        )
-    unit = dict(metadata["unit"])
-    source = SourceSlice(**unit.pop("source"))
-    ends = [len(MAGIC), *(end for end, _ in metadata["row_groups"])]
-    if len(ends) != file.num_row_groups + 1 or ends[-1] != sealed:
-        raise IntegrityError(f"{where}: digests of {len(ends) - 1} row groups for {file.num_row_groups}; {REMEDY}")
-    regions = [
-        Region(start, end, digest) for start, (end, digest) in zip(ends[:-1], metadata["row_groups"], strict=True)
-    ]
-    return UnitInfo(
-        identity=CaptureIdentity.from_dict(metadata["identity"]),
-        unit=Unit(source=source, **unit),
-        sequences=metadata["sequences"],
-        rows=metadata["rows"],
-        kept_mass_sum=metadata["kept_mass_sum"],
-        dead=tuple(DeadLetter(**d) for d in metadata["dead"]),
-        entropy="entropy" in file.schema_arrow.names,
-        regions=tuple(regions),
-    )
-
-
-def _check_identity(info: UnitInfo, fingerprint: str, unit: str, where: str) -> None:
-    if info.identity.fingerprint != fingerprint:
-        teacher = json.dumps(dict(info.identity.teacher), sort_keys=True)
-        raise IntegrityError(
-            f"{where}: holds targets of capture {info.identity.fingerprint} (teacher {teacher}, "
-            f"k={info.identity.top_k}), not of {fingerprint}: targets of two teachers must not be mixed; {REMEDY}"
-        )
-    if info.unit.hash != unit:
-        raise IntegrityError(f"{where}: holds unit {info.unit.hash}, not {unit}; {REMEDY}")
 
 
 def read_unit(

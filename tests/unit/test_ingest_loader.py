@@ -1,8 +1,10 @@
 """From stored target objects to micro-batches: exact rows, any world size, resume, errors, cache."""
 
+import os
 import resource
 import shutil
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +15,9 @@ from distill_ray.errors import CannotCaptureError, IntegrityError
 from distill_ray.ingest import BatchPlan, build_plan, open_cache
 from distill_ray.ingest.loader import PackLoader
 from distill_ray.schema import Sequence, SourceSlice, TargetRows, Unit
-from distill_ray.storage import NotFoundError, open_storage
-from distill_ray.targets import CaptureIdentity, ManifestUnit, RunManifest, encode_unit, unit_key
+from distill_ray.storage import NotFoundError, open_storage, verified
+from distill_ray.storage.local import LocalStorage
+from distill_ray.targets import CaptureIdentity, ManifestUnit, RunManifest, encode_unit, unit_key, writer
 
 V, K, T = 90, 4, 2.0
 IDENTITY = CaptureIdentity({"weights": "w"}, "tok", V, K, (1.0, T), 1)
@@ -171,40 +174,117 @@ def test_a_resume_goes_on_with_the_very_next_batch(corpus):
     assert corpus.load(plan, start_step=plan.steps) == []
 
 
-def test_memory_and_disk_give_the_same_batches_and_fetch_each_unit_once(corpus, tmp_path):
+def test_memory_and_disk_give_the_same_batches_and_keep_each_unit(corpus, tmp_path):
     plan = corpus.plan()
     caches = [open_cache(corpus.storage, IDENTITY, plan.units, memory_bytes=m, folder=tmp_path) for m in (2**30, 0)]
     one, two = (corpus.load(plan, cache=c) for c in caches)
     _same(one, two)
-    assert [c.fetched for c in caches] == [3, 3]
+    assert [c.kept for c in caches] == [3, 3]
     assert not list(tmp_path.iterdir()), "copies have no name, so that a killed process leaves none"
 
 
-def test_a_bound_drops_the_units_used_least_recently(corpus):
-    plan = corpus.plan()
-    size = max(u.bytes for u in plan.units)
-    cache = open_cache(corpus.storage, IDENTITY, plan.units, memory_bytes=0, disk_bytes=2 * size)
-    a, b, c = (u.hash for u in plan.units)
-    for unit in (a, b, a, c, a):
-        cache.get(unit)
-    assert cache.fetched == 3
-    cache.get(b)
-    assert cache.fetched == 4
+def _first_of_each(plan):
+    return [
+        next(r for step in range(plan.steps) for p in plan.batch(step) for r in p if r.unit == u.hash)
+        for u in plan.units
+    ]
 
 
-def test_fetching_units_repeatedly_is_said_once(corpus):
+def _is_stored(corpus, ref, stored):
+    return np.array_equal(stored.tokens, corpus.sequences[ref.unit, ref.index].tokens)
+
+
+def test_what_finds_no_room_is_read_by_range_and_that_is_said_once(corpus):
     plan = corpus.plan()
     size = max(u.bytes for u in plan.units)
     said: list[str] = []
     cache = open_cache(corpus.storage, IDENTITY, plan.units, memory_bytes=0, disk_bytes=2 * size, say=said.append)
-    a, b, c = (u.hash for u in plan.units)
-    for unit in (a, b, c):
-        cache.get(unit)
-    assert said == []
-    for unit in (a, b, c):
-        cache.get(unit)
+    refs = _first_of_each(plan)
+    for order in (refs, refs[::-1], refs):
+        assert all(_is_stored(corpus, r, s) for r, s in zip(order, cache.read(order), strict=True))
+    assert cache.kept == 2
     assert len(said) == 1
-    assert "of 3" in said[0]
+    assert "room for 2 of 3" in said[0]
+    cache.close()
+
+
+class Counting(LocalStorage):
+    """Counts requests, and refuses to read a whole object."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.ranges = Counter[tuple[str, int]]()
+
+    def get(self, key: str) -> bytes:
+        raise AssertionError(f"{key} was read whole")
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        self.ranges[key, start] += 1
+        return super().get_range(key, start, length)
+
+
+@pytest.fixture(scope="module")
+def many_groups(tmp_path_factory):
+    """Units of several row groups each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "GROUP_BYTES", 100)
+        return Corpus(tmp_path_factory.mktemp("groups"))
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_a_batch_fetches_only_the_row_groups_it_needs_and_each_once(many_groups, memory):
+    plan, storage = many_groups.plan(), Counting(many_groups.storage.uri)
+    cache = open_cache(storage, IDENTITY, plan.units, memory_bytes=memory)
+    with PackLoader(storage, IDENTITY, plan, cache=cache, prefetch=1) as loader:
+        first = next(loader)
+        begun = len(storage.ranges)
+        _same([first, *loader], many_groups.load(plan))
+    assert begun < len(storage.ranges)
+    assert set(storage.ranges.values()) == {1}
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+@pytest.mark.parametrize("which", ["corpus", "many_groups"])
+def test_a_unit_that_is_not_the_recorded_one_ends_the_reading(request, which, memory):
+    corpus = request.getfixturevalue(which)
+    plan = corpus.plan()
+    units = tuple(replace(u, sha256="0" * 64) for u in plan.units)
+    cache = open_cache(corpus.storage, IDENTITY, units, memory_bytes=memory)
+    with pytest.raises(IntegrityError, match="manifest says 0000"):
+        corpus.load(replace(plan, units=units), cache=cache)
+
+
+class Damaging(LocalStorage):
+    """Two of three reads have one byte changed on their way, another one every time."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self._rng = np.random.default_rng(0)
+        self.damaged = 0
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        data = bytearray(super().get_range(key, start, length))
+        if self._rng.random() < 2 / 3:
+            self.damaged += 1
+            data[self._rng.integers(len(data))] ^= 1
+        return bytes(data)
+
+
+@pytest.mark.parametrize("room", [{"memory_bytes": 2**30}, {"memory_bytes": 0}, {"memory_bytes": 0, "disk_bytes": 0}])
+def test_what_was_damaged_on_its_way_is_read_again(many_groups, room, monkeypatch):
+    monkeypatch.setattr(verified, "_RANGE_ATTEMPTS", 100)
+    plan, storage = many_groups.plan(), Damaging(many_groups.storage.uri)
+    cache = open_cache(storage, IDENTITY, plan.units, **room)
+    _same(many_groups.load(plan, cache=cache), many_groups.load(plan))
+    assert storage.damaged > 10
+
+
+def test_a_disk_that_takes_a_part_of_a_write_is_given_the_rest(many_groups, monkeypatch):
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[: max(1, len(data) // 2)], at))
+    plan = many_groups.plan()
+    cache = open_cache(many_groups.storage, IDENTITY, plan.units, memory_bytes=0)
+    _same(many_groups.load(plan, cache=cache), many_groups.load(plan))
 
 
 def test_processes_of_a_node_share_its_disk_and_may_open_all_the_files_they_are_allowed(corpus, monkeypatch):
@@ -216,9 +296,9 @@ def test_processes_of_a_node_share_its_disk_and_may_open_all_the_files_they_are_
     try:
         for sharers, held in ((1, 2), (2, 1)):
             cache = open_cache(corpus.storage, IDENTITY, units, memory_bytes=0, sharers=sharers)
-            for unit in (units[0], units[1], units[0]):
-                cache.get(unit.hash)
-            assert cache.fetched == (2 if held == 2 else 3)
+            cache.read(_first_of_each(corpus.plan()))
+            assert cache.kept == held
+            cache.close()
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -262,7 +342,7 @@ def test_a_temperature_that_was_not_captured_is_refused(corpus):
 
 
 def _threads():
-    return [t for t in threading.enumerate() if t.name.startswith("pack-loader")]
+    return [t for t in threading.enumerate() if t.name.startswith(("pack-loader", "unit-"))]
 
 
 def test_closing_stops_the_thread(corpus):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import http.client
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import pytest
 from distill_ray.errors import UserError
 from distill_ray.storage import (
     ConflictError,
+    NotFoundError,
     StorageError,
     check_access,
     open_storage,
@@ -143,6 +146,10 @@ class FaultyNet(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.lose: list[str] = []
         """Methods whose next answer is cut: a PUT's whole, a GET's in the middle of its body."""
+        self.reset = False
+        """Whether a cut GET ends with the connection reset."""
+        self.damage = 0
+        """Uploads still to come of which one byte is changed on the way."""
 
 
 class Relay(BaseHTTPRequestHandler):
@@ -151,6 +158,9 @@ class Relay(BaseHTTPRequestHandler):
 
     def relay(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.command == "PUT" and body and self.server.damage:
+            self.server.damage -= 1
+            body = body[:-1] + bytes([body[-1] ^ 1])
         upstream = http.client.HTTPConnection(self.server.upstream)
         upstream.request(self.command, self.path, body, dict(self.headers.items()))
         answer = upstream.getresponse()
@@ -168,8 +178,12 @@ class Relay(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if lost else data)
+        if lost and self.server.reset:
+            time.sleep(0.2)  # the client has the headers
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
-    do_GET = do_PUT = do_HEAD = relay
+    do_GET = do_PUT = do_HEAD = do_DELETE = relay
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -200,6 +214,22 @@ def test_a_conditional_write_whose_answer_was_lost_is_known_as_ours(net: FaultyN
     assert net.lose == []
 
 
+def test_a_check_outlasts_what_passes(net: FaultyNet, s3_uri: str) -> None:
+    net.lose = ["PUT"] * 4  # twice what its client tries by itself
+    check_access(s3_uri)
+    assert net.lose == []
+
+
+def test_an_error_that_breaks_off_is_asked_for_again(net: FaultyNet, s3_uri: str) -> None:
+    """Its body comes before botocore's own handling: what breaks there is urllib3's error."""
+    storage = open_storage(s3_uri)
+    storage.put("k", b"1")
+    net.lose, net.reset = ["GET", "GET"], True
+    with pytest.raises(NotFoundError):
+        storage.get("missing")
+    assert net.lose == []
+
+
 def test_a_body_that_breaks_off_is_asked_for_again(net: FaultyNet, s3_uri: str, tmp_path: Path) -> None:
     storage, data = open_storage(s3_uri), os.urandom(200_000)
     storage.put("k", data)
@@ -213,6 +243,6 @@ def test_a_body_that_breaks_off_is_asked_for_again(net: FaultyNet, s3_uri: str, 
     net.lose = ["GET"]
     with storage.open_input("k") as stream:
         assert stream.read() == data
-    net.lose = ["GET"] * 5
+    net.lose = ["GET"] * 10
     with pytest.raises(StorageError, match=r"cannot read s3://.*/k at http://127"):
         storage.get("k")
