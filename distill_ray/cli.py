@@ -10,10 +10,12 @@ import argparse
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from distill_ray.config import Recipe, load_recipe, parse_recipe
-from distill_ray.errors import DistillError, StoppedError
+from distill_ray.errors import DistillError, StoppedError, UserError
 
 _EPILOG = """\
 a first run:        make quickstart
@@ -22,7 +24,9 @@ the whole job:      distill-ray run my.toml
 on S3:              distill-ray run my.toml --root s3://bucket/prefix
 next week's data:   distill-ray run my.toml --version 2026-W48
 where it stands:    distill-ray status my.toml
+on a cluster:       distill-ray submit my.toml --address http://head:8265 --wait
 what can go:        distill-ray gc my.toml
+weekly, Kubernetes: distill-ray render my.toml --kind cronjob | kubectl apply -f -
 
 Every command can be stopped (Ctrl-C) or killed at any moment; the same command goes on where it was.
 """
@@ -54,7 +58,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--address", help="Ray cluster to use (default: RAY_ADDRESS, else a private local one)")
         if name == "audit":
             _audit_arguments(command)
-    _recipe_arguments(commands.add_parser("status", help="show where a run stands, from storage alone"))
+    status = commands.add_parser("status", help="show where a run stands, from storage alone")
+    _recipe_arguments(status)
+    status.add_argument(
+        "--address", metavar="URL", help="also say where its job stands on the cluster of this dashboard"
+    )
+    _job_arguments(commands)
+    _render_arguments(
+        commands.add_parser("render", help="write Kubernetes manifests that run a recipe, once or weekly")
+    )
     _gc_arguments(commands.add_parser("gc", help="show, and with --delete remove, what no run refers to any more"))
     inspect = commands.add_parser("inspect", help="describe stored soft targets")
     inspect.add_argument("uri", help="a targets/<fingerprint> folder, one of its objects, or a run's folder")
@@ -66,6 +78,19 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="TOML recipe; see jobs/recipes/")
     parser.add_argument("--root", help="replaces storage.root: a local folder or s3://bucket/prefix")
     parser.add_argument("--version", help="version of the run (default: the recipe's, else the ISO week)")
+
+
+def _job_arguments(commands: Any) -> None:
+    submit = commands.add_parser("submit", help="run it as a job of a cluster, or attach to its job there")
+    submit.add_argument("--wait", action="store_true", help="show its progress and end with its exit code")
+    submit.add_argument("--until", choices=tuple(_STAGE_HELP)[1:], default="export", help="stage to bring it up to")
+    logs = commands.add_parser("logs", help="show what the run's job on a cluster printed")
+    logs.add_argument("--follow", action="store_true", help="go on until the job ends, and end with its exit code")
+    for parser in (submit, logs, commands.add_parser("stop", help="stop the run's job on a cluster; work is kept")):
+        _recipe_arguments(parser)
+        parser.add_argument(
+            "--address", required=True, metavar="URL", help="dashboard of the cluster, http://head:8265"
+        )
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +112,15 @@ def _gc_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead, a withdrawn source (URI or glob): all stored rows of its content, and who was trained on them; "
         "exit code 4 where a student was",
     )
+
+
+def _render_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    kinds = ("rayjob", "raycronjob", "cronjob", "raycluster")
+    parser.add_argument("--kind", required=True, choices=kinds, help="one run, a weekly run (two ways), or a cluster")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", metavar="FILE", help="write there instead of to the standard output")
+    where.add_argument("--create", action="store_true", help="create the run on the cluster this pod runs in (rayjob)")
 
 
 def _with_audit(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
@@ -135,9 +169,19 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         from distill_ray.status import status
 
         print(status(recipe).render())
+        if arguments.address:
+            from distill_ray.submit import connect, describe
+
+            print(f"  {'job':<9} {describe(connect(arguments.address), recipe)}")
         return 0
+    if arguments.command in ("submit", "logs", "stop"):
+        from distill_ray.submit.verb import job_command
+
+        return job_command(recipe, arguments)
     if arguments.command == "gc":
         return _gc(recipe, arguments)
+    if arguments.command == "render":
+        return _render(recipe, arguments)
     if arguments.command == "check":
         from distill_ray.preflight import check
 
@@ -153,7 +197,6 @@ def _gc(recipe: Recipe, arguments: argparse.Namespace) -> int:
     import time
 
     from distill_ray import gc
-    from distill_ray.errors import UserError
     from distill_ray.storage import open_storage
     from distill_ray.telemetry import Progress
 
@@ -179,6 +222,25 @@ def _gc(recipe: Recipe, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _render(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from distill_ray import render
+
+    text = Path(arguments.recipe).read_text(encoding="utf-8")
+    documents = render.manifests(recipe, text, arguments.kind, root=arguments.root)
+    if arguments.create:
+        print("\n".join(render.create(documents, render.ApiServer.of_this_pod())))
+        return 0
+    caption = f"distill-ray render --kind {arguments.kind}, from the recipe {recipe.name}: change that, not this"
+    if arguments.output is None:
+        print(render.to_yaml(documents, caption), end="")
+        return 0
+    try:
+        Path(arguments.output).write_text(render.to_yaml(documents, caption), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.output}: {error.strerror}") from error
+    return 0
+
+
 def _inspect(uri: str, *, verify: bool) -> int:
     from distill_ray.targets import inspect
 
@@ -190,7 +252,8 @@ def _inspect(uri: str, *, verify: bool) -> int:
 class _Stopper:
     """Turns SIGINT and SIGTERM into a clean stop.
 
-    Capture, audit and training watch the event and stop by themselves; the short stages are simply left.
+    Capture, audit, training and evaluation watch the event and stop by themselves; the short stages are simply left. An
+    exception out of a signal's handler would leave Ray's wait as a SystemError.
     """
 
     def __init__(self) -> None:
@@ -209,7 +272,7 @@ class _Stopper:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.event.is_set()
         self.event.set()
-        if again or self.stage not in ("capture", "audit", "train"):
+        if again or self.stage not in ("capture", "audit", "train", "evaluate"):
             raise StoppedError(f"{signal.Signals(number).name} during {self.stage}")
         print(
             f"\n{signal.Signals(number).name}: stopping {self.stage} cleanly; once more to leave at once",

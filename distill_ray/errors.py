@@ -33,6 +33,10 @@ class CannotCaptureError(UserError):
     """The engine cannot give what the recipe asks for (say, exact temperatures); nothing stands in for it."""
 
 
+class BudgetSpentError(UserError):
+    """`capture.max_gpu_hours` is spent; all finished work is kept, and a larger budget goes on from there."""
+
+
 class StoppedError(DistillError):
     """A stop was asked for (Ctrl-C, SIGTERM); all finished work is kept. Exit code 130."""
 

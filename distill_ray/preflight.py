@@ -10,10 +10,12 @@ from typing import Any
 from distill_ray import corpus
 from distill_ray.codec import MAX_VOCAB
 from distill_ray.config import Recipe
+from distill_ray.config.cluster import ROLE_LABEL, STUDENT_ROLE, TEACHER_ROLE
 from distill_ray.errors import UserError
+from distill_ray.ingest import check_mix
 from distill_ray.model_config import ModelShape, model_shape
 from distill_ray.report import check_require
-from distill_ray.session import cluster_address, private_cpus, ray_session
+from distill_ray.session import cluster_address, is_autoscaled, live_nodes, private_cpus, ray_session
 from distill_ray.storage import WEIGHT_FILES, check_access, glob_sources, is_weights, open_storage, stage_folder
 from distill_ray.teacher import resolve_dtype, writing_of
 
@@ -49,6 +51,7 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
     total = sum(info.size for info in sources.values())
     if not total:
         raise UserError(f"the corpus is empty: {len(sources)} source(s), 0 bytes; add text to corpus.sources")
+    check_mix(recipe.train.mix, sources)
     corpus.check_unit_bytes(recipe.corpus, recipe.capture.top_k, recipe.capture.draws)
     opened = corpus.probe_sources(recipe.corpus, sources, recipe.capture.generate is not None)
     findings.append(Finding("corpus", f"{len(sources)} source(s), {total:,} bytes; {len(opened)} looked into"))
@@ -77,11 +80,15 @@ def _batches(recipe: Recipe) -> Finding:
 
 
 def _installed(recipe: Recipe) -> Finding:
-    needed = {"deepspeed": "student", "transformers": "student"}
-    if "vllm" in (recipe.teacher.engine, recipe.audit.engine):
+    # What an environment of its own holds cannot be seen from here; its first process says what it lacks.
+    apart = recipe.cluster.environments
+    needed = {"transformers": "student"}
+    if not apart.student.runtime_env():
+        needed["deepspeed"] = "student"
+        if recipe.student.lora:
+            needed["peft"] = "student"
+    if "vllm" in (recipe.teacher.engine, recipe.audit.engine) and not apart.teacher.runtime_env():
         needed["vllm"] = "teacher" if recipe.teacher.use_gpu else "teacher-cpu"
-    if recipe.student.lora:
-        needed["peft"] = "student"
     for package, extra in needed.items():
         if find_spec(package) is None:
             raise UserError(f"package {package} is not installed here; install distill-ray[{extra}]")
@@ -187,46 +194,93 @@ def _student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
 
 
 def _hardware(recipe: Recipe, address: str | None) -> Finding:
-    need = recipe.teacher.tensor_parallel * recipe.teacher.pipeline_parallel if recipe.teacher.use_gpu else 0
+    need = recipe.teacher.gpus
     workers = recipe.train.workers
     # An elastic group starts with what there is.
     name, least = ("min", workers.min) if workers.min < workers.max else ("max", workers.max)
     train = least if recipe.train.use_gpu else 0
     where = cluster_address(address)
+    if where is None and recipe.cluster.pin_by_label:
+        raise UserError(
+            f"cluster.pin_by_label = true needs nodes labelled {ROLE_LABEL}={TEACHER_ROLE} and {STUDENT_ROLE}, which a "
+            "private cluster on this machine has not; give --address of a cluster, or leave it out"
+        )
     if where is None and not need and not train:
         return Finding("hardware", f"CPU only, as the recipe says; {os.cpu_count()} CPU(s) here")
-    nodes = _cluster_nodes(where) if where else [(private_cpus(recipe), _local_gpus())]
-    have = [gpus for _, gpus in nodes if gpus]
-    if max(have, default=0) < need:
+    found = _Nodes.of(where) if where else _Nodes([_Node(private_cpus(recipe), _local_gpus(), {})], False)
+    teachers, students = (found.having(recipe.cluster.selector(role)) for role in (TEACHER_ROLE, STUDENT_ROLE))
+    notes = [found.missing(recipe.cluster.selector(role)) for role in (TEACHER_ROLE, STUDENT_ROLE)]
+    have = [node.gpus for node in teachers if node.gpus]
+    # What is not there, an autoscaler may bring: its node types are nobody's to ask for.
+    if max(have, default=0) < need and not found.autoscaled:
         raise UserError(
             f"one teacher replica needs {need} GPU(s) on one node (tensor_parallel={recipe.teacher.tensor_parallel} × "
             f"pipeline_parallel={recipe.teacher.pipeline_parallel}); nodes here have {have or [0]}; lower them, give "
             "--address of a cluster, or set teacher.use_gpu = false"
         )
-    if sum(have) < train:
+    gpus = sum(node.gpus for node in students)
+    if gpus < train and not found.autoscaled:
         raise UserError(
-            f"train.workers.{name}={train} needs as many GPUs; {sum(have)} found; lower it, give --address of a "
+            f"train.workers.{name}={train} needs as many GPUs; {gpus} found; lower it, give --address of a "
             "cluster, or set train.use_gpu = false"
         )
-    cpus = sum(cpus for cpus, _ in nodes)
-    if cpus < least:
+    cpus = sum(node.cpus for node in students)
+    if cpus < least and not found.autoscaled:
         raise UserError(
             f"train.workers.{name}={least} needs as many CPUs, one for each worker; the cluster at "
-            f"{where} has {cpus} on {len(nodes)} node(s); lower it or add nodes"
+            f"{where} has {cpus} on {len(students)} node(s); lower it or add nodes"
         )
-    return Finding("hardware", f"{sum(have)} GPU(s) and {cpus} CPU(s) on {len(nodes)} node(s)")
+    total, cpus = sum(node.gpus for node in found.nodes), sum(node.cpus for node in found.nodes)
+    more = "; the autoscaler may add more" if found.autoscaled else ""
+    fact = f"{total} GPU(s) and {cpus} CPU(s) on {len(found.nodes)} node(s){more}"
+    return Finding("hardware", "; ".join([fact, *filter(None, notes)]))
+
+
+@dataclass(frozen=True)
+class _Node:
+    cpus: int
+    gpus: int
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Live nodes of a cluster, and whether an autoscaler may add some."""
+
+    nodes: list[_Node]
+    autoscaled: bool
+
+    @classmethod
+    def of(cls, address: str) -> _Nodes:
+        """Those of a running cluster."""
+        with ray_session(address):
+            nodes = [
+                _Node(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)), node["Labels"])
+                for node in live_nodes()
+            ]
+            return cls(nodes, is_autoscaled())
+
+    def having(self, selector: dict[str, str]) -> list[_Node]:
+        """Those with these labels."""
+        return [node for node in self.nodes if selector.items() <= node.labels.items()]
+
+    def missing(self, selector: dict[str, str]) -> str:
+        """A sentence where no node has these labels now.
+
+        Raises UserError: and none can come.
+        """
+        if not selector or self.having(selector):
+            return ""
+        label = ", ".join(f"{key}={value}" for key, value in selector.items())
+        if self.autoscaled:
+            return f"no node is labelled {label} now: one of the autoscaler's node types has to be"
+        raise UserError(
+            f"cluster.pin_by_label = true, and none of the {len(self.nodes)} node(s) is labelled {label}; start nodes "
+            f"with `ray start --labels {label}`, or leave pin_by_label out"
+        )
 
 
 def _local_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _cluster_nodes(address: str) -> list[tuple[int, int]]:
-    """(CPUs, GPUs) of each live node."""
-    import ray
-
-    with ray_session(address):
-        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found]

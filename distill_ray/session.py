@@ -17,7 +17,8 @@ from distill_ray.errors import DistillError, UserError
 # Workers never ask a model hub or a statistics server for anything.
 _WORKER_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
 
-_SAY_FULL_S = 10.0
+SAY_FULL_S = 10.0
+"""After so long without room for it, a stage says what it waits for."""
 
 
 def cluster_address(address: str | None) -> str | None:
@@ -66,17 +67,59 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         ray.shutdown()
 
 
-def describe_room(needed: Mapping[str, float]) -> str:
-    """Needed, present and free resources in one clause. Ray is connected."""
+def free_resources(selector: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:
+    """Resources free on each live node, by node id. Ray is connected.
+
+    Args:
+        selector: labels and their values, of which a node must have all; no other form of Ray's selectors.
+    """
+    from ray._private import state
+
+    free = state.available_resources_per_node()
+    return {node["NodeID"]: free.get(node["NodeID"], {}) for node in live_nodes(selector)}
+
+
+def live_nodes(selector: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Ray's account of each live node that has these labels. Ray is connected."""
     import ray
 
-    total, free = ray.cluster_resources(), ray.available_resources()
+    wanted = (selector or {}).items()
+    return [node for node in ray.nodes() if node["Alive"] and wanted <= node["Labels"].items()]
+
+
+def is_autoscaled() -> bool:
+    """Whether an autoscaler (v2) works on the cluster and may add nodes. Ray is connected.
+
+    KubeRay and `ray up` name the type of each node; an autoscaler without node types, as every head has, only watches.
+    """
+    import ray
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    state = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
+    return state.last_seen_autoscaler_state_version > 0 and any(n.ray_node_type_name for n in state.node_states)
+
+
+def describe_room(needed: Mapping[str, float], selector: Mapping[str, str] | None = None) -> str:
+    """Needed, present and free resources in one clause. Ray is connected."""
+    nodes, free = live_nodes(selector), free_resources(selector).values()
+
+    def has(name: str) -> str:
+        total = sum(node["Resources"].get(name, 0) for node in nodes)
+        return f"{total:g} {name} ({sum(node.get(name, 0) for node in free):g} free)"
+
     wanted = " and ".join(f"{n:g} {name}" for name, n in needed.items())
-    has = " and ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in needed)
-    return f"needs {wanted}; the cluster has {has}"
+    where = "".join(f" on {len(nodes)} node(s) labelled {k}={v}" for k, v in (selector or {}).items())
+    return f"needs {wanted}; the cluster has {' and '.join(map(has, needed))}{where}"
 
 
-def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None], stop: threading.Event) -> None:
+def note_full(
+    what: str,
+    needed: Mapping[str, float],
+    note: Callable[[str], None],
+    stop: threading.Event,
+    selector: Mapping[str, str] | None = None,
+) -> None:
     """Say so where the cluster has had no room for some seconds: Ray by itself would wait silently, for ever.
 
     Args:
@@ -84,25 +127,24 @@ def note_full(what: str, needed: Mapping[str, float], note: Callable[[str], None
         needed: its Ray resources; its GPUs must be free on one node.
         note: takes the sentence.
         stop: ends the wait when set.
+        selector: labels that its node must have.
     """
     since = time.monotonic()
-    while not _has_room(needed):
-        if time.monotonic() - since > _SAY_FULL_S:
-            note(f"waiting for resources: {what} {describe_room(needed)}")
+    while not has_room(needed, selector):
+        if time.monotonic() - since > SAY_FULL_S:
+            note(f"waiting for resources: {what} {describe_room(needed, selector)}")
             return
         if stop.wait(0.2):
             return
 
 
-def _has_room(needed: Mapping[str, float]) -> bool:
-    import ray
-    from ray._private import state
-
-    free = ray.available_resources()
-    if any(free.get(name, 0) < n for name, n in needed.items()):
+def has_room(needed: Mapping[str, float], selector: Mapping[str, str] | None = None) -> bool:
+    """Whether nodes with these labels have so much free now, one of them all of the GPUs. Ray is connected."""
+    free = free_resources(selector).values()
+    if any(sum(node.get(name, 0) for node in free) < n for name, n in needed.items()):
         return False
     gpus = needed.get("GPU", 0)
-    return gpus <= 1 or any(node.get("GPU", 0) >= gpus for node in state.available_resources_per_node().values())
+    return gpus <= 1 or any(node.get("GPU", 0) >= gpus for node in free)
 
 
 def is_death(error: BaseException) -> bool:

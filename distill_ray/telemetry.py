@@ -12,6 +12,7 @@ from typing import IO, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 Value = float | int | str | None
@@ -58,7 +59,7 @@ class Pace:
 
 class _RemainingColumn(ProgressColumn):
     def __init__(self, eta_s: Callable[[], float | None]) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._eta_s = eta_s
 
     def render(self, task: Task) -> Text:
@@ -99,13 +100,14 @@ class Progress:
         self._bar: RichProgress | None = None
         if self._stream.isatty():
             self._bar = RichProgress(
+                # Figures alone may wrap: on a narrow terminal the times would else be cut short.
                 TextColumn("[bold]{task.description:<9}"),
-                BarColumn(),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TextColumn(unit),
-                TimeElapsedColumn(),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
                 _RemainingColumn(self._eta_s),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", table_column=Column()),
                 console=Console(file=self._stream),
             )
             self._task = self._bar.add_task(stage, total=total, detail="")
@@ -189,4 +191,6 @@ def say(stage: str, text: str) -> None:
 
 
 def _short(value: Value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

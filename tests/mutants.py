@@ -236,6 +236,28 @@ MUTANTS = (
         UNIT + "test_student.py::test_packed_hidden_states_and_head_give_each_documents_own_logits",
     ),
     Mutant(
+        "what is staged is the state itself",
+        "distill_ray/student/staging.py",
+        'value.detach().to("cpu", copy=True)',
+        'value.detach().to("cpu")',
+        UNIT + "test_student_staging.py::test_nothing_is_shared_with_the_state_and_the_copy_is_equal",
+    ),
+    Mutant(
+        "every epoch takes the same part of a source",
+        "distill_ray/ingest/mixing.py",
+        "for n in (epoch + 1, epoch)",
+        "for n in (1, 0)",
+        UNIT
+        + "test_ingest_mixing.py::test_whole_weights_count_exactly_and_halves_take_each_document_in_one_of_two_epochs",
+    ),
+    Mutant(
+        "an object of other rows is let through",
+        "distill_ray/ingest/units.py",
+        "if digest != self._unit.sha256:",
+        "if False:",
+        UNIT + "test_ingest_loader.py::test_a_unit_that_is_not_the_recorded_one_ends_the_reading",
+    ),
+    Mutant(
         "resume from the first batch",
         "distill_ray/ingest/loader.py",
         "range(start_step, self._plan.steps)",

@@ -24,8 +24,8 @@ class S3Server:
     Nothing in the process's environment is changed: pass `s.env` on, or set it for the length of a test.
     """
 
-    def __init__(self, folder: Path, bucket: str = "test-bucket") -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: Path, bucket: str = "test-bucket", *, secret: str = SECRET_KEY) -> None:
+        self._folder, self._secret = Path(folder), secret
         self.root = f"s3://{bucket}"
         self._bucket = bucket
         self._ports = _free_ports(4)
@@ -33,7 +33,7 @@ class S3Server:
         self.env = {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
@@ -57,7 +57,7 @@ class S3Server:
         data.mkdir(parents=True, exist_ok=True)
         logs.mkdir(exist_ok=True)
         identities = self._folder / "identities.json"
-        key = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
+        key = {"accessKey": ACCESS_KEY, "secretKey": self._secret}
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
         identities.write_text(json.dumps({"identities": [{"name": "t", "credentials": [key], "actions": actions}]}))
         names = ("s3.port", "master.port", "volume.port", "filer.port")
@@ -100,7 +100,7 @@ class S3Server:
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=ACCESS_KEY,
-            aws_secret_access_key=SECRET_KEY,
+            aws_secret_access_key=self._secret,
             region_name="us-east-1",
             config=Config(connect_timeout=2, read_timeout=20, retries={"total_max_attempts": 3}),
         )

@@ -11,6 +11,7 @@ from distill_ray import corpus, teacher
 from distill_ray.audit.tolerance import Tolerance
 from distill_ray.audit.unit import Found, SequenceFigures, check_unit, open_scorer, score_again
 from distill_ray.config import Recipe
+from distill_ray.cost import Beat, Stopwatch, node_type
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.schema import Unit
 from distill_ray.session import died, is_death, note_full
@@ -29,15 +30,25 @@ class Auditor:
     """The actor: one engine for its lifetime."""
 
     def __init__(
-        self, recipe: Recipe, storage: Storage, identity: CaptureIdentity, engine: str, tolerance: Tolerance
+        self,
+        recipe: Recipe,
+        storage: Storage,
+        identity: CaptureIdentity,
+        engine: str,
+        tolerance: Tolerance,
+        meter: Any = None,
     ) -> None:
+        self._watch = Stopwatch(node_type=node_type())
+        self._beat = Beat(self._watch, meter)
         self._recipe, self._storage, self._identity, self._tolerance = recipe, storage, identity, tolerance
         # Ray passes on an error of a constructor as text only. Raised by the first call, it arrives as what it is.
         self._refused: DistillError | None = None
         try:
+            folder = stage_folder(recipe.teacher.model)
+            self._watch.enter("loading")
             self._scorer = open_scorer(recipe, identity, engine)
-            folder = stage_folder(recipe.teacher.model, weights=False)
             self._tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
+            self._watch.enter("idle")
         except DistillError as error:
             self._refused = error
 
@@ -49,7 +60,12 @@ class Auditor:
 
     def score(self, unit: str, sequences: tuple[int, ...]) -> SequenceFigures:
         """`score_again`."""
-        return score_again(self._storage, self._identity, self._scorer, self._tolerance, unit, sequences)
+        self._watch.enter("busy")
+        found = score_again(self._storage, self._identity, self._scorer, self._tolerance, unit, sequences)
+        self._watch.enter("idle")
+        self._watch.did(len(sequences), found.rows)
+        self._beat.post()
+        return found
 
 
 class RemoteAuditor:
@@ -106,18 +122,23 @@ def remote_auditor(
     tolerance: Tolerance,
     stop: threading.Event,
     note: Callable[[str], None],
+    meter: Any = None,
 ) -> Iterator[RemoteAuditor]:
     """An actor with the resources of a capture's teacher, gone at the end. Ray must be initialised.
 
-    `note` is told where the cluster has no room for it.
+    `note` is told where the cluster has no room for it; `meter` is the actor to which it posts its seconds.
     """
     import ray
 
-    note_full("the audit's teacher", teacher.needed_resources(recipe.teacher), note, stop)
+    selector = recipe.cluster.selector("teacher")
+    note_full("the audit's teacher", teacher.needed_resources(recipe.teacher), note, stop, selector)
     remote: Any = ray.remote(Auditor).options(
-        max_restarts=_RESTARTS, max_task_retries=_RESTARTS, **teacher.actor_resources(recipe.teacher)
+        max_restarts=_RESTARTS,
+        max_task_retries=_RESTARTS,
+        **teacher.actor_resources(recipe.teacher, selector),
+        **recipe.cluster.environments.teacher.options(),
     )
-    actor = remote.remote(recipe, storage, identity, engine, tolerance)
+    actor = remote.remote(recipe, storage, identity, engine, tolerance, meter)
     try:
         yield RemoteAuditor(actor, stop)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from distill_ray.audit.sample import UnitSample, choose, whole
 from distill_ray.audit.tolerance import MEAN_ROWS, Tolerance, tolerance_of
 from distill_ray.audit.unit import Found
 from distill_ray.config import Recipe
+from distill_ray.cost import metered
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import LeaseToken, document_entry, publish, put_owned, read_published
 from distill_ray.model_config import stated_quantization
@@ -23,6 +24,9 @@ from distill_ray.storage import Storage, stage_folder
 from distill_ray.targets import RunManifest, unit_key
 from distill_ray.telemetry import Progress
 from distill_ray.units import HASH, places_in
+
+if TYPE_CHECKING:
+    from distill_ray.audit.remote import RemoteAuditor
 
 _BATCH_TOKENS = 32_768
 """Tokens scored between two looks at the progress."""
@@ -73,6 +77,8 @@ def run(
         UserError: the sources of the sampled units cannot be read again, or the engine cannot load the teacher.
         StoppedError: `stop` was set.
     """
+    from distill_ray.audit.remote import remote_auditor
+
     require_sample(recipe)
     # Whatever comes of this one, an older outcome must not let training begin.
     publish(storage, token, "audit", None)
@@ -87,7 +93,12 @@ def run(
         bar.note(f"{len(samples)} of {len(manifest.units)} units, scored again by {PATHS[engine]}")
         for text in limits(manifest, engine, tolerance):
             bar.note(text)
-        outcome = _compare(recipe, storage, manifest, samples, engine, tolerance, stop, bar)
+        units = _sources(recipe, storage, manifest, samples)
+        with (
+            metered(recipe, storage, token, "audit") as meter,
+            remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop, bar.note, meter) as auditor,
+        ):
+            outcome = _compare(storage, manifest, samples, units, auditor, tolerance, bar)
         bar.note(sentence(outcome))
     document = document_of(manifest, outcome, engine, tolerance)
     _publish(recipe, storage, token, entry["sha256"], document)
@@ -104,34 +115,29 @@ def _tolerance(recipe: Recipe, manifest: RunManifest) -> Tolerance:
 
 
 def _compare(
-    recipe: Recipe,
     storage: Storage,
     manifest: RunManifest,
     samples: list[UnitSample],
-    engine: str,
+    units: Mapping[str, Unit],
+    auditor: RemoteAuditor,
     tolerance: Tolerance,
-    stop: threading.Event,
     bar: Progress,
 ) -> Outcome:
-    from distill_ray.audit.remote import remote_auditor
-
-    units = _sources(recipe, storage, manifest, samples)
     outcome = Outcome()
-    with remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop, bar.note) as auditor:
-        for sample in samples:
-            unit, where = sample.unit.unit, f"{storage.uri}/{unit_key(manifest.identity, sample.unit.unit)}"
-            different = auditor.check(units[unit], sample.unit.object_sha256)
-            outcome.read += len(sample.unit.lengths)
-            for batch in _batches(sample) if different is None else ():
-                found = auditor.score(unit, batch)
-                outcome.add(unit, batch, found)
-                bar.advance(len(batch), worst_nats=outcome.worst, moved_mass=outcome.mean_moved_mass)
-                different = found.difference
-                if different is not None:
-                    break
+    for sample in samples:
+        unit, where = sample.unit.unit, f"{storage.uri}/{unit_key(manifest.identity, sample.unit.unit)}"
+        different = auditor.check(units[unit], sample.unit.object_sha256)
+        outcome.read += len(sample.unit.lengths)
+        for batch in _batches(sample) if different is None else ():
+            found = auditor.score(unit, batch)
+            outcome.add(unit, batch, found)
+            bar.advance(len(batch), worst_nats=outcome.worst, moved_mass=outcome.mean_moved_mass)
+            different = found.difference
             if different is not None:
-                outcome.failure = _failure(units[unit], different, where)
-                return outcome
+                break
+        if different is not None:
+            outcome.failure = _failure(units[unit], different, where)
+            return outcome
     if outcome.rows >= MEAN_ROWS and not outcome.mean_moved_mass <= tolerance.mean_mass:
         outcome.failure = (
             f"audit: over {outcome.rows} rows the mean probability mass that lies elsewhere is "

@@ -54,7 +54,10 @@ def _folder(entry: dict[str, Any]) -> str:
 def _sweep(storage: Storage, token: LeaseToken, named: set[str]) -> None:
     root = f"{token.run_prefix}/checkpoints/"
     for info in list(storage.list(root)):
-        step, epoch = info.key.removeprefix(root).split("/")[:2]
+        parts = info.key.removeprefix(root).split("/")
+        if len(parts) < 3:  # not ours: a console's or a person's file
+            continue
+        step, epoch = parts[:2]
         folder, epoch = f"{root}{step}/{epoch}", epoch.removeprefix("e")
         if folder not in named and epoch.isdigit() and int(epoch) < token.epoch:
             storage.delete(info.key)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from distill_ray.checkpoints.manifest import PUBLISHED_PREFIX, Manifest, StoredFile, folder_key, step_name
+from distill_ray.checkpoints.moving import at_once, store_file
 from distill_ray.errors import IntegrityError
-from distill_ray.lease import LeaseToken, document_entry, file_sha256
+from distill_ray.lease import LeaseToken, document_entry
 from distill_ray.lease import publish as publish_entry
-from distill_ray.storage import NotFoundError, Storage
+from distill_ray.storage import NotFoundError, Storage, download_verified
 
 
 def upload(storage: Storage, token: LeaseToken, step: int, paths: Iterable[Path]) -> list[StoredFile]:
-    """Store one rank's files of the checkpoint of `step`; they count only once `publish` names them."""
+    """Store one rank's files of a checkpoint, several at once; they count only once `publish` names them."""
     prefix = folder_key(token.run_prefix, step, token.epoch)
-    stored = []
-    for path in paths:
-        # Hashed before it leaves the local disk: a body corrupted on its way is found when it is restored.
-        file = StoredFile(path.name, path.stat().st_size, file_sha256(path))
-        storage.upload(path, f"{prefix}/{path.name}")
-        stored.append(file)
-    return stored
+    return at_once(partial(store_file, storage, prefix), [(path.name, path) for path in paths])
 
 
 def publish(
@@ -63,28 +59,35 @@ def publish(
 
 
 def restore(storage: Storage, manifest: Manifest, names: Iterable[str], folder: Path) -> Path:
-    """Download the named files into `folder` and verify every one, before anything reads them.
+    """Download the named files into `folder`, several at once, and verify every one, before anything reads them.
 
     Raises:
         IntegrityError: a file is missing, unknown, short or altered. None of them may then be unpickled.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {f.name: f for f in manifest.files}
-    for name in names:
+
+    def bring(name: str) -> None:
         file = known.get(name)
         if file is None:
             raise IntegrityError(f"checkpoint of step {manifest.step} has no file {name}")
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            storage.download(manifest.key_of(name), path)
-        except NotFoundError:
-            raise IntegrityError(f"checkpoint of step {manifest.step}: {name} is missing") from None
-        size, found = path.stat().st_size, file_sha256(path)
-        if (size, found) != (file.size, file.sha256):
-            path.unlink()
-            raise IntegrityError(
-                f"checkpoint of step {manifest.step}: {name} has {size} bytes and SHA-256 {found[:12]}…, but its "
-                f"manifest says {file.size} and {file.sha256[:12]}…"
-            )
+        _fetch(storage, manifest, file, path)
+
+    at_once(bring, names)
     return folder
+
+
+def _fetch(storage: Storage, manifest: Manifest, file: StoredFile, path: Path) -> None:
+    try:
+        found = download_verified(storage, manifest.key_of(file.name), path, file.sha256)
+    except NotFoundError:
+        raise IntegrityError(f"checkpoint of step {manifest.step}: {file.name} is missing") from None
+    if found != file.sha256:
+        size = path.stat().st_size
+        path.unlink()
+        raise IntegrityError(
+            f"checkpoint of step {manifest.step}: {file.name} has {size} bytes and SHA-256 {found[:12]}…, but its "
+            f"manifest says {file.size} and {file.sha256[:12]}…"
+        )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from distill_ray.checkpoints.manifest import Manifest, StoredFile, load_manifest, problems_of, step_name
+from distill_ray.checkpoints.manifest import Manifest, load_manifest, problems_of, step_name
+from distill_ray.checkpoints.moving import at_once, store_file
 from distill_ray.errors import IntegrityError
-from distill_ray.lease import LeaseToken, document_entry, file_sha256, read_published
+from distill_ray.lease import LeaseToken, document_entry, read_published
 from distill_ray.lease import publish as publish_entry
 from distill_ray.storage import Storage
 
 _PREFIX = "universal/"
-_AT_ONCE = 8
 
 
 def universal_of(storage: Storage, run_prefix: str, manifest: Manifest) -> Manifest | None:
@@ -46,14 +46,9 @@ def store_universal(
     """
     prefix = f"{manifest.prefix}/universal-e{token.epoch:04d}"
 
-    def store(path: Path) -> StoredFile:
-        name = path.relative_to(folder).as_posix()
-        file = StoredFile(name, path.stat().st_size, file_sha256(path))
-        storage.upload(path, f"{prefix}/{name}")
-        return file
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        files = tuple(pool.map(store, sorted(p for p in folder.rglob("*") if p.is_file())))
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    named = [(path.relative_to(folder).as_posix(), path) for path in paths]
+    files = tuple(at_once(partial(store_file, storage, prefix), named))
     stored = dataclasses.replace(manifest, epoch=token.epoch, files=files, prefix=prefix)
     data = stored.to_json()
     key = stored.key_of("manifest.json")

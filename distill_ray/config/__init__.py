@@ -13,7 +13,7 @@ from distill_ray.config.kinds import (
     identity_of,
     kind_of,
 )
-from distill_ray.config.recipe import Recipe, load_recipe, parse_recipe
+from distill_ray.config.recipe import Recipe, iso_week, load_recipe, parse_recipe
 
 __all__ = [
     "Identity",
@@ -24,6 +24,7 @@ __all__ = [
     "canonical_json",
     "fingerprint",
     "identity_of",
+    "iso_week",
     "kind_of",
     "load_recipe",
     "parse_recipe",

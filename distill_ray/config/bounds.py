@@ -17,7 +17,8 @@ MODELS = ("teacher", "before", "after")
 
 _STEP = (
     *("step", "loss", "kl_t", "kl_t1", "ce", "kept_mass", "top1_agreement", "lr", "grad_norm", "tokens"),
-    *("seconds", "data_s", "save_s", "skipped"),
+    *("seconds", "data_s", "save_s", "skipped", "batch_id", "time", "workers", "input_tokens", "tokens_per_s"),
+    *("host_peak_bytes", "cuda_peak_bytes", "mfu"),
 )
 KEYS = frozenset(
     f"{section}.{name}"
@@ -27,8 +28,6 @@ KEYS = frozenset(
         "timings": ("untimed_units",),
         "timings.seconds": ("capture", "audit", "train", "evaluate"),
         "timings.tokens_per_s": ("teacher", "train", "evaluate"),
-        "timings.teacher_of_command": ("actors", "start_s", "staging_s", "busy_s", "idle_s"),
-        "timings.dollars": ("teacher_of_command", "train"),
         "tokens": ("captured", "reused", "supervised_train", "held_out"),
         "targets": ("rows", "bytes_per_row", "mean_kept_mass", "dead_letters"),
         "audit": ("units", "sequences", "rows", "worst_nats"),
@@ -37,6 +36,14 @@ KEYS = frozenset(
         "training.first": _STEP,
         "training.last": _STEP,
         "holdout": ("sequences",),
+        "cost": ("commands", "gpu_hours", "cpu_process_hours", "dollars_per_million_teacher_tokens"),
+        "cost.dollars": ("capture", "audit", "train", "evaluate", "total"),
+        "cost.storage": ("targets_bytes", "run_bytes", "model_bytes", "dollars_per_month"),
+        "cost.targets": ("teacher_seconds", "device_hours", "untimed_units", "dollars"),
+        "cost.break_even": (
+            *("requests_per_day", "devices_dollars", "storage_dollars", "horizon_days", "tokens_per_request"),
+            *("teacher_million_tokens", "student_million_tokens", "saving_per_request"),
+        ),
         "drift": ("held_out_token_js", "held_out_token_js_by_chance", "held_out_entropy_delta"),
     }.items()
     for name in names

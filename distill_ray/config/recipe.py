@@ -10,13 +10,14 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from distill_ray.config.cluster import ClusterSection
+from distill_ray.config.cost import CostSection
 from distill_ray.config.kinds import Placement, Section
 from distill_ray.config.loss import LossSection
 from distill_ray.config.sections import (
     AuditSection,
     CaptureSection,
     CorpusSection,
-    CostSection,
     EvaluateSection,
     ExportSection,
     StorageSection,
@@ -54,6 +55,8 @@ class Recipe(Section):
     # Stated to be placement as a whole, so that no identity holds even its name.
     cost: Placement[CostSection] = CostSection()
     """Prices, for figures alone."""
+    cluster: Placement[ClusterSection] = ClusterSection()
+    """Where the run is placed."""
 
     @field_validator("name", "version")
     @classmethod
@@ -72,6 +75,12 @@ class Recipe(Section):
                     f"add {T} to capture.temperatures"
                 )
         self._draws_serve_the_loss()
+        if self.train.loss_spike and (self.loss.hard_label_points or self.loss.temperature_steps):
+            raise ValueError(
+                f"train.loss_spike={self.train.loss_spike} compares a step's loss with those of earlier steps, and "
+                "loss.hard_label_points and loss.temperature_steps change what the loss is: a healthy step would be a "
+                "spike; leave out one of them"
+            )
         generate = self.capture.generate
         if generate is not None and generate.max_tokens >= self.corpus.window_tokens:
             raise ValueError(

@@ -93,6 +93,9 @@ class CaptureSection(Section):
     """`score`: the teacher reads the corpus; `generate`: the corpus holds prompts, which the teacher answers."""
     generate: AddedIdentity[GenerateSection | None] = None
     """How it answers; stated or at its defaults exactly where mode = "generate"."""
+    max_gpu_hours: Placement[float | None] = Field(default=None, gt=0)
+    """Hours, times GPUs, that teachers of this run may hold, their starts included and over all commands; then capture
+    stops, and goes on when more is given. Of teachers without a GPU the processes' hours count. None: no limit."""
 
     @model_validator(mode="before")
     @classmethod
@@ -197,10 +200,3 @@ class ExportSection(Section):
     """Type of the published weights."""
     licence: Placement[str] = "unknown"
     """Licence stated on the model card; the teacher's licence usually binds the student."""
-
-
-class CostSection(Section):
-    teacher_gpu_hour: Placement[float | None] = Field(default=None, ge=0)
-    """Dollars of one GPU of a teacher for an hour; with it, progress and report show what teachers cost."""
-    student_gpu_hour: Placement[float | None] = Field(default=None, ge=0)
-    """Dollars of one GPU of a training worker for an hour; with it, the report shows what training cost."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from distill_ray.config.kinds import AddedIdentity, Identity, Listed, Placement, Section
 from distill_ray.config.values import Fraction, Range, Uri
+
+Weight = Annotated[float, Field(ge=0, le=1000)]
 
 
 class LoraSection(Section):
@@ -48,6 +50,9 @@ class StudentSection(Section):
 class TrainSection(Section):
     epochs: Identity[int] = Field(default=1, ge=1)
     """Passes over the training targets."""
+    mix: AddedIdentity[dict[Uri, Weight]] = Field(default={})
+    """How many times each epoch takes the sequences of a source, by URI or glob: `{ "s3://acme/rare/*" = 2.0 }`; 0 to
+    1,000, 1 for sources it does not name. A fraction takes another part of the documents in every epoch."""
     global_batch_tokens: Identity[int] = Field(default=262_144, ge=8)
     """Tokens of one optimizer step over all workers; a multiple of pack_tokens."""
     pack_tokens: Identity[int] = Field(default=4096, ge=8)
@@ -91,6 +96,9 @@ class TrainSection(Section):
     """Recompute activations in the backward pass."""
     use_gpu: Placement[bool] = True
     """False: train on CPUs with gloo."""
+    peak_tflops: Placement[float | None] = Field(default=None, gt=0)
+    """Dense TFLOP/s of one worker's device in the arithmetic of `precision`, for the MFU; None: those of a known GPU in
+    bf16, and no MFU anywhere else."""
     checkpoint_every: Placement[int] = Field(default=200, ge=1)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Placement[int] = Field(default=2, ge=1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill_ray import cost
 from distill_ray import report as reports
 from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import IntegrityError
@@ -151,24 +152,32 @@ def rates(manifest: RunManifest, history: list[dict[str, float]], evaluation_tok
     return rates
 
 
-def dollars(recipe: Recipe, entry: Mapping[str, Any], history: list[dict[str, float]]) -> dict[str, float]:
-    """By the recipe's prices; what has none, or ran without GPUs, is left out.
+def cost_figures(
+    recipe: Recipe,
+    storage: Storage,
+    published: Mapping[str, Mapping[str, Any]],
+    kept: cost.Stored,
+    took: cost.TargetsTime,
+) -> dict[str, Any]:
+    """The report's `cost`, over all commands of the run that have left their usage by now."""
+    usages, problems = cost.read_usage(storage, recipe.run_prefix)
+    did = {"capture": published["targets"].get("captured", 0) > 0, "train": "student" in published}
+    # Older software left none.
+    unknown = [stage for stage, done in did.items() if done and stage not in {usage.stage for usage in usages}]
+    return cost.account(recipe, usages, problems=problems, unknown=unknown, stored=kept, targets=took)
 
-    Args:
-        recipe: with its prices.
-        entry: "targets" of the run's record.
-        history: one line a training step.
-    """
-    found = dict[str, float]()
-    price, spent = recipe.cost.teacher_gpu_hour, entry.get("teacher_of_command")
-    if price is not None and recipe.teacher.gpus and spent is not None:
-        seconds = spent["start_s"] + spent["busy_s"] + spent["idle_s"]
-        found["teacher_of_command"] = seconds / 3600 * recipe.teacher.gpus * price
-    price = recipe.cost.student_gpu_hour
-    if price is not None and recipe.train.use_gpu:
-        seconds = sum(step["seconds"] for step in history)
-        found["train"] = seconds / 3600 * recipe.train.workers.max * price
-    return found
+
+def stored(recipe: Recipe, storage: Storage, manifest: RunManifest) -> cost.Stored:
+    """What the run keeps as of now, before its export."""
+    run, model = (
+        sum(info.size for info in storage.list(f"{prefix}/")) for prefix in (recipe.run_prefix, recipe.model_prefix)
+    )
+    return cost.Stored(manifest.units.sum_of("object_bytes"), run, model)
+
+
+def targets_time(manifest: RunManifest) -> cost.TargetsTime:
+    """What the run's targets took to capture, as the index knows."""
+    return cost.TargetsTime(manifest.units.sum_of("teacher_seconds"), untimed_units(manifest))
 
 
 def untimed_units(manifest: RunManifest) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from distill_ray import report as reports
 from distill_ray.config import Recipe
 from distill_ray.config.student import StudentSection
+from distill_ray.cost import Beat, Stopwatch, node_type
 from distill_ray.errors import DistillError, StoppedError
 from distill_ray.ingest import BatchPlan
 from distill_ray.session import died, is_death, note_full
@@ -46,6 +47,8 @@ class ScoringJob:
     plan: BatchPlan
     student: dict[str, Any]
     """The published entry of the trained student."""
+    meter: Any = None
+    """Actor to which the task posts its seconds."""
 
 
 def score_remotely(job: ScoringJob, shown: Progress, stop: threading.Event) -> reports.Evaluation:
@@ -60,8 +63,12 @@ def score_remotely(job: ScoringJob, shown: Progress, stop: threading.Event) -> r
 
     # A streaming task tells its progress while it runs and needs no actor to do so.
     needed = {"CPU": 1, "GPU": 1} if job.recipe.train.use_gpu else {"CPU": 1}
-    note_full("evaluation", needed, shown.note, stop)
-    task = ray.remote(_score).options(num_returns="streaming", num_cpus=needed["CPU"], num_gpus=needed.get("GPU", 0))
+    selector = job.recipe.cluster.selector("student")
+    note_full("evaluation", needed, shown.note, stop, selector)
+    options: dict[str, Any] = {"num_cpus": needed["CPU"], "num_gpus": needed.get("GPU", 0)}
+    options |= {"label_selector": selector} if selector else {}
+    options |= job.recipe.cluster.environments.student.options()
+    task = ray.remote(_score).options(num_returns="streaming", **options)
     stream: Any = task.remote(job)
     while True:
         ready, _ = ray.wait([stream], timeout=_POLL_S, fetch_local=False)
@@ -88,6 +95,15 @@ def score_remotely(job: ScoringJob, shown: Progress, stop: threading.Event) -> r
 
 def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
     """Yields tokens/s after every batch, then the sums."""
+    watch = Stopwatch(node_type=node_type())
+    beat = Beat(watch, job.meter)
+    try:
+        yield from _scored(job, watch)
+    finally:
+        beat.close()
+
+
+def _scored(job: ScoringJob, watch: Stopwatch) -> Iterator[float | reports.Evaluation]:
     import torch
 
     from distill_ray.ingest.loader import PackLoader
@@ -105,7 +121,9 @@ def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
     sketch = reports.HeldOutSketch(job.identity.tokenizer, job.identity.fingerprint, sizes)
     tokens, seconds = 0, 0.0
     for origin, sums in ((recipe, before), (trained, after)):
+        watch.enter("loading")
         module = _load(origin, folder, job.identity)
+        watch.enter("idle")
         with PackLoader(
             job.storage,
             job.identity,
@@ -115,6 +133,7 @@ def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
         ) as batches:
             for batch in batches:
                 begun = time.perf_counter()
+                watch.enter("busy")
                 sums.add(_on_cpu(student_rows(module, batch)))
                 seconds += time.perf_counter() - begun
                 tokens += batch.tokens
@@ -123,6 +142,8 @@ def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
                     kept_mass.add(batch.targets.log_tail_N.numpy())
                     tokens_held = batch.input_ids[batch.document_ids >= 0].numpy()
                     sketch.add(tokens_held, batch.targets.logprobs_NK.numpy(), batch.targets.log_tail_N.numpy())
+                watch.enter("idle")
+                watch.did(1, batch.tokens)
                 yield round(tokens / seconds, 1)
         del module
     yield reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds, sketch)
@@ -132,13 +153,15 @@ def _load(origin: Recipe, trained: Path, identity: CaptureIdentity) -> DistillMo
     """A student ready to score; `before` is built by the very function that training started from."""
     from distill_ray.student.build import build_initial
     from distill_ray.student.module import DistillModule, loss_spec, shared_vocabulary
+    from distill_ray.student.varlen import FLASH
 
     # Only a student cut from the teacher needs its weights here; the tokenizer lies beside the trained student too.
     cut = origin.student.teacher_layers is not None
     model, config = build_initial(origin, stage_folder(origin.teacher.model) if cut else trained)
     vocab_size = shared_vocabulary(model, identity.vocab_size, identity.top_k)
-    module = DistillModule(model, loss_spec(config, vocab_size, origin.loss))
-    return module.to("cuda" if origin.train.use_gpu else "cpu").eval()
+    gpu = origin.train.use_gpu
+    module = DistillModule(model, loss_spec(config, vocab_size, origin.loss), kernel=FLASH if gpu else None)
+    return module.to("cuda" if gpu else "cpu").eval()
 
 
 def student_rows(module: DistillModule, batch: PackedBatch) -> RowMetrics:

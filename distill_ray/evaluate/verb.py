@@ -6,8 +6,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from distill_ray import cost
 from distill_ray import report as reports
 from distill_ray.config import Recipe, identity_of
 from distill_ray.errors import DistillError, IntegrityError
@@ -15,13 +17,15 @@ from distill_ray.evaluate.figures import (
     HELD_OUT_TOKENS,
     audit_figures,
     baseline,
-    dollars,
+    cost_figures,
     drift,
     holdout,
     rates,
     recipe_fields,
     run_identity,
+    stored,
     target_figures,
+    targets_time,
     token_counts,
     untimed_units,
 )
@@ -88,8 +92,11 @@ def run(
         raise DistillError(f"run {recipe.run_prefix} has no trained student yet; run `distill-ray train` first")
     history = _history(storage, published["student"])
     job = ScoringJob(recipe, storage, manifest.identity, plan, published["student"])
-    with progress("evaluate", 2 * plan.steps, "batches") as shown:
-        evaluation = score_remotely(job, shown, stop or threading.Event())
+    with (
+        progress("evaluate", 2 * plan.steps, "batches") as shown,
+        cost.metered(recipe, storage, token, "evaluate") as meter,
+    ):
+        evaluation = score_remotely(replace(job, meter=meter), shown, stop or threading.Event())
     seconds = {**(timings or {}), "evaluate": round(time.monotonic() - started, 3)}
     against = baseline(recipe, storage, _own_report(recipe, storage))
     report = reports.build_report(
@@ -100,9 +107,8 @@ def run(
             seconds,
             rates(manifest, history, evaluation.tokens_per_s),
             untimed_units(manifest),
-            published["targets"].get("teacher_of_command"),
-            dollars(recipe, published["targets"], history),
         ),
+        cost=cost_figures(recipe, storage, published, stored(recipe, storage, manifest), targets_time(manifest)),
         tokens=token_counts(published["targets"], manifest, history, evaluation.teacher.rows),
         targets=target_figures(manifest),
         history=history,
@@ -138,6 +144,8 @@ def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str 
         return "other bounds of evaluate.require"
     if entry.get("drift_warn") != recipe.evaluate.drift_warn:
         return "another evaluate.drift_warn"
+    if entry["prices"] != recipe.cost.model_dump(mode="json"):
+        return "other prices of [cost]"
     return None
 
 
@@ -150,20 +158,21 @@ def only_bounds_changed(recipe: Recipe, storage: Storage, published: Mapping[str
         reports.read_report(storage, recipe.run_prefix)
     except IntegrityError:
         return False
-    section = recipe.evaluate
-    same = {**published, "report": {**entry, "require": section.bounds(), "drift_warn": section.drift_warn}}
+    same = {**published, "report": {**entry, **_judged_by(recipe)}}
     return outdated(recipe, same) is None
 
 
 def rejudge(recipe: Recipe, storage: Storage, token: LeaseToken) -> None:
-    """Hold the published figures against the recipe's bounds as they are now; nothing is scored again."""
+    """Hold the published figures against the recipe's bounds and prices as they are now; nothing is scored again."""
     report = reports.read_report(storage, recipe.run_prefix)
+    published = read_published(storage, recipe.run_prefix)
+    if report["cost"] is not None:
+        report["cost"] = cost_figures(recipe, storage, published, *cost.measured(report["cost"]))
     against = baseline(recipe, storage, report)
     report["baseline"] = None if against is None else {"version": against.version}
     report["gate"] = reports.judge(report, recipe.evaluate.bounds(), against)
     if report["drift"] is not None:
         report["drift"]["warning"] = reports.drift_warning(report, recipe.evaluate.drift_warn)
-    published = read_published(storage, recipe.run_prefix)
     sketch = published["report"].get(HELD_OUT_TOKENS)
     _publish(recipe, storage, token, report, _history(storage, published["student"]), sketch)
 
@@ -176,11 +185,22 @@ def _publish(
     history: list[dict[str, float]],
     sketch: Mapping[str, Any] | None,
 ) -> None:
-    section = recipe.evaluate
-    links = {"drift_warn": section.drift_warn, HELD_OUT_TOKENS: sketch}
+    judged = _judged_by(recipe)
+    require = judged.pop("require")
+    links = {**judged, HELD_OUT_TOKENS: sketch}
     reports.write_report(
-        storage, token, report, history, settings=identity_of(section), require=section.bounds(), links=links
+        storage, token, report, history, settings=identity_of(recipe.evaluate), require=require, links=links
     )
+
+
+def _judged_by(recipe: Recipe) -> dict[str, Any]:
+    """What figures are judged and priced by; where only these change, nothing is scored again."""
+    section = recipe.evaluate
+    return {
+        "require": section.bounds(),
+        "drift_warn": section.drift_warn,
+        "prices": recipe.cost.model_dump(mode="json"),
+    }
 
 
 def _own_report(recipe: Recipe, storage: Storage) -> dict[str, Any] | None:

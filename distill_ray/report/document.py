@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill_ray.errors import IntegrityError
@@ -14,7 +14,7 @@ from distill_ray.report.drift import HeldOutSketch
 from distill_ray.report.gate import Baseline, judge
 from distill_ray.report.metrics import DEFINITIONS, KeptMassHistogram, MetricSums
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,6 @@ class Timings:
     """`teacher` (per replica), `train` and `evaluate` (forward passes of one student); absent where not measured."""
     untimed_units: int
     """Units whose capture's seconds are not known; `tokens_per_s["teacher"]` is over the others alone."""
-    teacher_of_command: dict[str, float] | None = None
-    """What the teachers of the command that finished the capture spent: `actors`, and the sums of their seconds
-    `start_s` (with `staging_s` a part of it), `busy_s` and `idle_s`. Not of commands before it; None: not known."""
-    dollars: dict[str, float] = field(default_factory=dict)
-    """By the recipe's [cost]: `teacher_of_command`, from these seconds, and `train`, from the training steps' own."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +98,7 @@ def build_report(
     holdout: Mapping[str, Any] | None = None,
     baseline: Baseline | None = None,
     drift: Mapping[str, Any] | None = None,
+    cost: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as plain JSON values.
 
@@ -115,6 +111,7 @@ def build_report(
         holdout: `fingerprint` and number of the held-out `sequences`.
         baseline: the version that relative bounds compare with; None before the first one.
         drift: of the corpus, as `corpus_drift` gives it; None before the second run.
+        cost: of all commands, as `distill_ray.cost.account` gives it; None where it is not known.
 
     Raises:
         UserError: a metric is not finite, or a bound names an unknown metric.
@@ -136,6 +133,7 @@ def build_report(
         "holdout": dict(holdout or {}),
         "baseline": None if baseline is None else {"version": baseline.version},
         "drift": None if drift is None else dict(drift),
+        "cost": None if cost is None else dict(cost),
         "definitions": DEFINITIONS | DRIFT_DEFINITIONS,
     }
     return report | {"gate": judge(report, require, baseline)}

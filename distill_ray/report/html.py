@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from distill_ray.report import plots
+from distill_ray.report import costs, plots
 from distill_ray.report.gate import failures, required, unjudged
 from distill_ray.report.table import METRICS, MODELS
 
@@ -47,8 +47,10 @@ def render_html(report: dict[str, Any], history: list[dict[str, float]]) -> str:
         _metrics_table(report),
         "<h2>Plots</h2>",
         _plots(report, history),
-        "<h2>Cost</h2>",
-        _cost_table(report),
+        "<h2>Usage and cost</h2>",
+        costs.section(report.get("cost")),
+        "<h2>Speed and amounts</h2>",
+        _amounts(report),
         "<h2>Audit of the targets before training</h2>",
         _audit(report.get("audit")),
         "<h2>Drift of the corpus</h2>",
@@ -116,11 +118,10 @@ def _plots(report: dict[str, Any], history: list[dict[str, float]]) -> str:
     return f"<div class=plots>{''.join(figures)}</div>"
 
 
-def _cost_table(report: dict[str, Any]) -> str:
+def _amounts(report: dict[str, Any]) -> str:
     timings, tokens, targets = report["timings"], report["tokens"], report["targets"]
     rows = [(f"Seconds, {stage}", f"{value:,.1f}") for stage, value in timings["seconds"].items()]
     rows += [(f"Tokens/s, {stage}", _rate(report, stage)) for stage in ("teacher", "train", "evaluate")]
-    rows += _teacher_rows(timings)
     rows += [
         ("Tokens captured for this run", f"{tokens['captured']:,}"),
         ("Tokens reused from earlier captures", f"{tokens['reused']:,}"),
@@ -132,24 +133,6 @@ def _cost_table(report: dict[str, Any]) -> str:
         ("Dead letters", f"{targets['dead_letters']:,}"),
     ]
     return _table(rows, value_class="number")
-
-
-def _teacher_rows(timings: dict[str, Any]) -> list[tuple[str, str]]:
-    dollars = {
-        "teacher_of_command": "Teachers of the last capture command, dollars",
-        "train": "Training steps, dollars",
-    }
-    rows = [(dollars[name], f"{value:,.2f}") for name, value in timings.get("dollars", {}).items()]
-    spent = timings.get("teacher_of_command")
-    if not spent or not spent["actors"]:
-        return rows
-    working = spent["busy_s"] + spent["idle_s"]
-    share = f" ({spent['idle_s'] / working:.1%} idle)" if working else ""
-    said = f"{spent['start_s']:,.1f} + {spent['busy_s']:,.1f} + {spent['idle_s']:,.1f}{share}"
-    return [
-        (f"Teacher seconds starting + busy + idle, {spent['actors']} actor(s) of the last capture command", said),
-        *rows,
-    ]
 
 
 def _rate(report: dict[str, Any], stage: str) -> str:

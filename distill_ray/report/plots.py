@@ -57,6 +57,24 @@ def kept_mass(histogram: dict[str, list[float]]) -> str:
     return _svg(figure, "kept")
 
 
+def usage(rows: list[dict[str, Any]]) -> str:
+    """Hours of devices by stage and node type, one bar each: starting, busy, idle."""
+    figure, axes = _canvas("hours that devices were held", "")
+    labels = [f"{row['stage']}, {row['node_type']}" for row in rows]
+    left = [0.0] * len(rows)
+    for key, label, colour in (
+        ("start_s", "starting", "#f59e0b"),
+        ("busy_s", "busy", "#0ea5e9"),
+        ("idle_s", "idle", "#8b5cf6"),
+    ):
+        hours = [row[key] / 3600 for row in rows]
+        axes.barh(labels, hours, left=left, height=0.6, label=label, color=colour)
+        left = [a + b for a, b in zip(left, hours, strict=True)]
+    axes.invert_yaxis()
+    _legend(axes)
+    return _svg(figure, "usage")
+
+
 def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
     # Figure without pyplot: no global state, no display, safe in any thread.
     from matplotlib.figure import Figure
@@ -103,4 +121,4 @@ def _svg(figure: Figure, prefix: str) -> str:
     return text.replace(_INK, "currentColor")
 
 
-__all__ = ["COLOURS", "calibration", "kept_mass", "loss_curve"]
+__all__ = ["COLOURS", "calibration", "kept_mass", "loss_curve", "usage"]

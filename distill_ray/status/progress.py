@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from distill_ray import corpus, targets
+from distill_ray import corpus, cost, targets
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.report import read_history
@@ -56,8 +57,6 @@ class TrainProgress:
     seconds_per_step: float | None
     loss: float | None
     """Of the last step of the history."""
-    seconds: float
-    """Of all steps of the history."""
     damaged: str = ""
     """Why the history cannot be read."""
 
@@ -130,7 +129,6 @@ def train_progress(recipe: Recipe, storage: Storage, published: Mapping[str, Map
         seconds_per_step=sum(recent) / len(recent) if recent else None,
         # A skipped step has no loss where it was not finite.
         loss=next((line["loss"] for line in reversed(history) if "loss" in line), None),
-        seconds=sum(line["seconds"] for line in history),
         damaged=damaged,
     )
 
@@ -144,20 +142,24 @@ def _history(storage: Storage, key: str) -> tuple[list[dict[str, float]], str]:
         return [], str(error)
 
 
-def cost(recipe: Recipe, captured: CaptureProgress, trained: TrainProgress) -> str:
-    """Device hours as far as they were measured; empty where nothing was."""
-    teacher, train = recipe.teacher, recipe.train
+def spent(recipe: Recipe, storage: Storage) -> str:
+    """What all commands of the run held so far, by stage, and dollars where prices are stated; empty where nothing."""
+    usages, problems = cost.read_usage(storage, recipe.run_prefix)
+    stages = cost.by_stage(usages)
     parts = []
-    if captured.teacher_seconds:
-        devices = teacher.tensor_parallel * teacher.pipeline_parallel
-        parts.append(f"teacher {_hours(captured.teacher_seconds * devices, teacher.use_gpu)}")
-    if trained.seconds:
-        parts.append(f"training {_hours(trained.seconds * train.workers.max, train.use_gpu)}")
-    return ", ".join(parts)
-
-
-def _hours(seconds: float, use_gpu: bool) -> str:
-    return f"{seconds / _HOUR:.3g} " + ("GPU hours" if use_gpu else "process hours on CPUs")
+    for stage, each in groupby(stages, key=lambda s: s.stage):
+        group = list(each)
+        seconds, busy = (sum(getattr(g.on, name) for g in group) for name in ("seconds", "busy_s"))
+        share = f" ({busy / seconds:.0%} busy)" if seconds else ""
+        parts.append(f"{stage} {seconds / _HOUR:.3g} {group[0].device} hours{share}")
+    dollars = cost.dollars_by_stage(recipe.cost, stages)
+    if cost.TOTAL in dollars:
+        parts.append(f"${dollars[cost.TOTAL]:,.2f}")
+    elif dollars:
+        parts.append(f"${sum(dollars.values()):,.2f} of {' and '.join(dollars)}, the rest has no price")
+    commands = len({u.epoch for u in usages})
+    line = ", ".join(parts) + (f" in {commands} command(s)" if parts else "")
+    return "; ".join(filter(None, [line, *(f"not counted: {problem}" for problem in problems)]))
 
 
 def span(seconds: float) -> str:

@@ -17,8 +17,8 @@ from distill_ray.status.progress import (
     CaptureProgress,
     TrainProgress,
     capture_progress,
-    cost,
     span,
+    spent,
     train_progress,
 )
 from distill_ray.storage import Storage, open_storage
@@ -45,7 +45,7 @@ class Status:
     forgotten: str = ""
     """What of its targets is gone on purpose."""
     cost: str = ""
-    """Device hours, as far as they are known."""
+    """What all commands held of devices, and dollars as far as prices are stated."""
     latest: str = ""
     """Where the run is exported: what `latest.json` names now, and why not this version."""
     audited: bool = True
@@ -146,7 +146,7 @@ def status(recipe: Recipe) -> Status:
         trained=trained,
         seconds=timed,
         forgotten=standing.withdrawn(storage, recipe.run_prefix) or "",
-        cost=cost(recipe, captured, trained),
+        cost=spent(recipe, storage),
         latest=_latest(recipe, storage, published) if "export" in done else "",
         audited=recipe.audit.is_on,
     )

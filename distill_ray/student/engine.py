@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from distill_ray.ingest.batch import PackedBatch
+    from distill_ray.student.staging import StagedCheckpoint
 
 _TAG = "state"
 
@@ -48,6 +49,8 @@ class StepResult:
     """Sum of the `arrived` arguments over ranks."""
     leaving: int = 0
     """Number of ranks whose `leave` said yes."""
+    batch_id: int = 0
+    """`ingest.batch_id` of the sequences that went into it, added up over ranks: the same at any number of them."""
     skipped: int = 0
     """1 where weights and optimizer state are as before the step: its gradients were not finite, or it was refused."""
 
@@ -77,9 +80,17 @@ class StudentEngine:
     Every rank calls every method, in the same order.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, module: DistillModule, section: TrainSection, device: torch.device):
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        staged: StagedCheckpoint,
+        module: DistillModule,
+        section: TrainSection,
+        device: torch.device,
+    ) -> None:
         self._engine, self._module, self._section, self.device = engine, module, section, device
         self._optimizer: Any = engine.optimizer
+        self._staged = staged
         self.world = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
 
@@ -117,7 +128,10 @@ class StudentEngine:
             config=engine_config(section, micro_steps),
             dist_init_required=False,
         )
-        return cls(engine, module, section, device)
+        from distill_ray.student.staging import StagedCheckpoint
+
+        engine.checkpoint_engine = staged = StagedCheckpoint(engine._config)
+        return cls(engine, staged, module, section, device)
 
     def train_step(
         self,
@@ -143,7 +157,7 @@ class StudentEngine:
         Raises:
             DistillError: the batch does not hold what was planned.
         """
-        sums = torch.zeros(10, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(11, dtype=torch.float64, device=self.device)
         signals = (flag, arrived)
         while True:
             batch = next(batches)
@@ -153,6 +167,7 @@ class StudentEngine:
             self._engine.set_gradient_accumulation_boundary(batch.last)
             part = self._engine(batch.to(self.device))
             sums[:7] += part.detach()
+            sums[10] += batch.batch_id
             # DeepSpeed averages gradients over ranks; times the world size that is their sum. Dividing each
             # micro-batch by its own count instead would weigh its tokens by how they were packed.
             scale = self.world / batch.supervised
@@ -180,7 +195,7 @@ class StudentEngine:
             group["lr"] = lr
 
     def _result(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        *parts, count, flags, arrived, leaving = sums.tolist()
+        *parts, count, flags, arrived, leaving, batch_id = sums.tolist()
         planned = batch.supervised
         if int(count) != planned:
             raise DistillError(
@@ -192,12 +207,25 @@ class StudentEngine:
         lr = float(self._optimizer.param_groups[0]["lr"])
         skipped = not self._engine.was_step_applied()
         figures = (loss, kl_t, kl_t1, ce, kept, agree, lr, norm, planned)
-        return StepResult(*figures, int(flags), int(arrived), int(leaving), int(skipped))
+        return StepResult(*figures, int(flags), int(arrived), int(leaving), int(batch_id), int(skipped))
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's part of the state under `folder`, which no other rank shares; returns its files."""
+    def stage(self, folder: Path) -> Callable[[], list[Path]]:
+        """Copy this rank's part of the state, as it is now, to the host's memory.
+
+        Args:
+            folder: where it will be written; no other rank shares it.
+
+        Returns:
+            Writes the copy and returns its files. To be called once; any thread may, without the other ranks.
+        """
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        return sorted(p for p in (folder / _TAG).iterdir() if p.is_file())
+        write = self._staged.take()
+
+        def files() -> list[Path]:
+            write()
+            return sorted(p for p in (folder / _TAG).iterdir() if p.is_file())
+
+        return files
 
     @staticmethod
     def needed(names: Sequence[str], rank: int) -> list[str]:

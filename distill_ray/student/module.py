@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from distill_ray.config.loss import LossSection
 from distill_ray.errors import UserError
-from distill_ray.ingest.attention import attention_mask
+from distill_ray.ingest.attention import attention_mask, document_bounds
 from distill_ray.ingest.batch import PackedBatch
 from distill_ray.losses import LossSpec, SparseTargets, head_loss, project
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from distill_ray.student.varlen import Kernel
 
 
 def loss_spec(
@@ -99,10 +101,15 @@ class DistillModule(nn.Module):
         model: the student as Hugging Face made it (adapters included).
         spec: the loss.
         spec_at: the loss at a global batch, where it is scheduled; None: `spec` throughout.
+        kernel: attention by document, on the device where batches will be; None: a mask over each pack, anywhere.
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: LossSpec, spec_at: Callable[[int], LossSpec] | None = None
+        self,
+        model: PreTrainedModel,
+        spec: LossSpec,
+        spec_at: Callable[[int], LossSpec] | None = None,
+        kernel: Kernel | None = None,
     ) -> None:
         super().__init__()
         head = model.get_output_embeddings()
@@ -119,6 +126,9 @@ class DistillModule(nn.Module):
         self.body = model.base_model
         self.head = HeadLoss(head.weight, head.bias, spec)
         _check_packing(self, model)
+        self.masked_because = None if kernel is None else kernel.install(model)
+        """Why the kernel cannot stand in for the masks in this model, which keeps them; None where it does."""
+        self._by_document = kernel is not None and self.masked_because is None
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sums over the supervised rows of this batch, float64 [7] in the order of `LossSums.metrics()`."""
@@ -127,12 +137,16 @@ class DistillModule(nn.Module):
 
     def hidden_rows(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [N, D] of the supervised rows: what the head is applied to."""
-        hidden_BTD = self._hidden(batch.input_ids, batch.position_ids, batch.document_ids)
-        return hidden_BTD.flatten(0, 1)[batch.rows]
+        if self._by_document:
+            bounds = document_bounds(batch.document_ids) if batch.bounds is None else batch.bounds
+            masks = bounds[None, None, None]
+        else:
+            masks = self._masks(batch.document_ids)
+        return self._hidden(batch.input_ids, batch.position_ids, masks).flatten(0, 1)[batch.rows]
 
-    def _hidden(self, ids_BT: Tensor, position_BT: Tensor, document_BT: Tensor) -> Tensor:
+    def _hidden(self, ids_BT: Tensor, position_BT: Tensor, masks: Tensor | dict[str, Tensor]) -> Tensor:
         return self.body(
-            input_ids=ids_BT, position_ids=position_BT, attention_mask=self._masks(document_BT), use_cache=False
+            input_ids=ids_BT, position_ids=position_BT, attention_mask=masks, use_cache=False
         ).last_hidden_state
 
     def hub_name(self, name: str) -> str:
@@ -226,7 +240,8 @@ def _check_packing(module: DistillModule, model: PreTrainedModel) -> None:
 
     handle = model.get_input_embeddings().register_forward_hook(watch)
     with torch.enable_grad():
-        packed_TD = module._hidden(ids_2T.view(1, -1), position_2T.reshape(1, -1), document_2T.reshape(1, -1))[0]
+        masks = module._masks(document_2T.reshape(1, -1))
+        packed_TD = module._hidden(ids_2T.view(1, -1), position_2T.reshape(1, -1), masks)[0]
         # Weights that differ by column: a normalised state has the same plain sum whatever is in it.
         weight_D = torch.linspace(-1, 1, packed_TD.shape[1], device=device, dtype=packed_TD.dtype)
         (grad,) = torch.autograd.grad((packed_TD[_DOCUMENT:] @ weight_D).sum(), seen[0])

@@ -76,7 +76,7 @@ class ShardHead:
         self.columns = shard_columns(self._lm_head.shard_indices, vocab_size)[:parts]
         self.width: int = own_RW.shape[1]
         self.tp_size: int = self._lm_head.tp_size
-        self.itemsize: int = own_RW.element_size()
+        self.dtype, self.device = own_RW.dtype, own_RW.device
         for c in self.columns:
             if not torch.equal(own_RW[:, c.start : c.stop], whole_RV[:, c.first_id : c.first_id + c.stop - c.start]):
                 raise UnknownEngineError("one vocabulary shard of the head differs from the same ids of the whole head")

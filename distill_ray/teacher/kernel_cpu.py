@@ -137,18 +137,36 @@ def _offer(values: Any, ids: Any, size: int, value: Any, id_: int) -> int:
 
 
 @njit(forceinline=True, nogil=True)
-def _select(z_W: Any, values: Any, ids: Any, maxima: Any) -> None:
+def _threshold(maxima: Any, best_C: Any, values: Any, ids: Any) -> Any:
+    """The len(values)-th greatest group maximum; fills `best_C` with each chunk's greatest. −inf for fewer groups.
+
+    That of the chunks' greatest bounds it from below, so that few groups ever enter the heap.
+    """
+    room, size, least = len(values), 0, -_INF
+    for c in range(len(best_C)):
+        best = -_INF
+        for g in range(c * _STRIDE, (c + 1) * _STRIDE):
+            best = max(best, maxima[g])
+        best_C[c] = best
+        if size < room or best > least:
+            size = _offer(values, ids, size, best, c)
+            least = values[0] if size == room else -_INF
+    size = 0
+    for c in range(len(best_C)):
+        if best_C[c] >= least:
+            for g in range(c * _STRIDE, (c + 1) * _STRIDE):
+                # Tested here too: a call costs several times the test, and nearly all fail it.
+                if maxima[g] >= least and (size < room or maxima[g] > least):
+                    size = _offer(values, ids, size, maxima[g], g)
+                    least = values[0] if size == room else least
+    return least if size == room else -_INF
+
+
+@njit(forceinline=True, nogil=True)
+def _select(z_W: Any, values: Any, ids: Any, maxima: Any, best_C: Any) -> None:
     """The len(values) greatest, in descending order, equal ones by ascending column. W ≥ len(values)."""
-    room = len(values)
     groups = _group_maxima(z_W, maxima)
-    threshold = -_INF
-    if groups >= room:
-        size = 0
-        for g in range(groups):
-            # Tested here too: a call costs several times the test, and nearly all fail it.
-            if size < room or maxima[g] > threshold:
-                size = _offer(values, ids, size, maxima[g], g)
-                threshold = values[0] if size == room else -_INF
+    threshold = _threshold(maxima, best_C, values, ids)
     size = 0
     for g in range(groups):
         if maxima[g] >= threshold:
@@ -157,8 +175,7 @@ def _select(z_W: Any, values: Any, ids: Any, maxima: Any) -> None:
                 value = _load(z_W[i])
                 if value >= threshold:
                     size = _offer(values, ids, size, value, i)
-    for at in range(size, room):  # only in a row with NaN, which is refused
-        values[at], ids[at] = -_INF, 0
+    values[size:], ids[size:] = -_INF, 0  # only in a row with NaN, which is refused
     for end in range(size - 1, 0, -1):  # a full heap, sorted in place
         values[0], values[end] = values[end], values[0]
         ids[0], ids[end] = ids[end], ids[0]
@@ -166,37 +183,29 @@ def _select(z_W: Any, values: Any, ids: Any, maxima: Any) -> None:
 
 
 @njit(forceinline=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
-def _block_counts(z: Any, top: Any, actual: Any, gaps: Any) -> Any:
-    """Fill `gaps` with z − top; how many logits exceed `actual`, and how many are NaN."""
-    greater = np.float32(0)
-    bad = np.float32(0)
+def _block(z: Any, top: Any, actual: Any, gaps: Any) -> Any:
+    """Fill `gaps` with d = z − top; how many logits exceed `actual`, how many are NaN, Σ e^d and Σ e^d·(−d) / ln 2."""
+    greater = bad = total = weighted = np.float32(0)
     for i in range(len(z)):
         value = _load(z[i])
-        gaps[i] = value - top
+        gap = value - top
+        gaps[i] = gap
         greater += np.float32(1) if value > actual else np.float32(0)
         bad += np.float32(1) if value != value else np.float32(0)
-    return greater, bad
+        y = max(gap * _LOG2_E, np.float32(-126))
+        e = _exp2(y)
+        total += e
+        weighted -= e * y
+    return greater, bad, total, weighted
 
 
 @njit(forceinline=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
 def _block_sum(gaps: Any, count: int, scale: Any) -> Any:
+    """Σ 2^(d · scale)."""
     total = np.float32(0)
     for i in range(count):
         total += _exp2(max(gaps[i] * scale, np.float32(-126)))
     return total
-
-
-@njit(forceinline=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
-def _block_sum_weighted(gaps: Any, count: int) -> Any:
-    """Σ e^d and Σ e^d·(−d) / ln 2."""
-    total = np.float32(0)
-    weighted = np.float32(0)
-    for i in range(count):
-        y = max(gaps[i] * _LOG2_E, np.float32(-126))
-        e = _exp2(y)
-        total += e
-        weighted -= e * y
-    return total, weighted
 
 
 @njit(forceinline=True, nogil=True)
@@ -206,12 +215,13 @@ def _reduce_rows(tile: Any, actual_R: Any, scales: Any, begin: int, end: int, ou
     top_k, n_sums = values_RK.shape[1], len(scales)
     room = min(top_k + 1, width)
     values, ids = np.empty(room, np.float32), np.empty(room, np.int32)
-    maxima = np.empty((width + _CHUNK - 1) // _CHUNK * _STRIDE, np.float32)
+    best_C = np.empty((width + _CHUNK - 1) // _CHUNK, np.float32)
+    maxima = np.empty(len(best_C) * _STRIDE, np.float32)
     gaps = np.empty(_BLOCK, np.float32)
     sums = np.empty(n_sums, np.float64)
     for r in range(begin, end):
         z_W = z[r * stride : r * stride + width]
-        _select(z_W, values, ids, maxima)
+        _select(z_W, values, ids, maxima, best_C)
         greatest = values[top_k] if room > top_k else -_INF
         greater = 0.0
         for i in range(min(room, top_k)):
@@ -223,10 +233,9 @@ def _reduce_rows(tile: Any, actual_R: Any, scales: Any, begin: int, end: int, ou
         sums[:] = 0.0
         for start in range(0, width, _BLOCK):
             stop = min(start + _BLOCK, width)
-            more, nans = _block_counts(z_W[start:stop], top, actual_R[r], gaps)
-            greater += more
+            above, nans, total, more = _block(z_W[start:stop], top, actual_R[r], gaps)
+            greater += above
             bad += nans
-            total, more = _block_sum_weighted(gaps, stop - start)
             sums[0] += total
             weighted += more
             for s in range(1, n_sums):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from distill_ray.config.sections import TeacherSection
 
 _CPU_TEACHER_CPUS = 0.5
@@ -15,7 +18,8 @@ def needed_resources(section: TeacherSection) -> dict[str, float]:
     return {"CPU": _CPU_TEACHER_CPUS}
 
 
-def actor_resources(section: TeacherSection) -> dict[str, float]:
-    """The same as options of an actor."""
+def actor_resources(section: TeacherSection, selector: Mapping[str, str]) -> dict[str, Any]:
+    """The same as options of an actor, on nodes that `selector` selects by their labels."""
     needed = needed_resources(section)
-    return {"num_gpus": needed.get("GPU", 0), "num_cpus": needed.get("CPU", 0)}
+    options = {"num_gpus": needed.get("GPU", 0), "num_cpus": needed.get("CPU", 0)}
+    return {**options, "label_selector": dict(selector)} if selector else options

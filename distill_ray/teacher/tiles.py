@@ -8,6 +8,7 @@ Legend: R rows, D model width, W columns of a shard, K kept.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ import torch
 from distill_ray.teacher.draws import DrawSpec, OwnShard, draw_words
 from distill_ray.teacher.head import ShardHead
 from distill_ray.teacher.reduction import ShardRows, candidates, from_words, merge, reduce_tile, to_words
+from distill_ray.teacher.scratch import Scratch
 from distill_ray.teacher.wire import row_words
 
-_TILE_BYTES = {"cpu": 2**24, "cuda": 2**28}
-"""Most bytes of logits that exist at once: about a CPU's caches; on a GPU it is outside vLLM's memory profile."""
+_TILE_BYTES = {"cpu": 2**27, "cuda": 2**28}
+"""Most bytes of logits that exist at once: enough rows for each look at the head's weights, and no more, since on a GPU
+they are outside vLLM's memory profile."""
 
 
 class TileReducer:
@@ -43,6 +46,11 @@ class TileReducer:
     ) -> None:
         self._head, self._group = head, group
         self._top_k, self._temperatures, self._draws = top_k, temperatures, draws
+        most = _TILE_BYTES.get(head.device.type, _TILE_BYTES["cpu"])
+        # As many rows on every rank: shards are padded to one width.
+        self._rows = max(1, most // (head.width * head.dtype.itemsize))
+        # A GPU's allocator keeps memory by itself.
+        self._memory = Scratch(self._rows, head.width, head.dtype) if head.device.type == "cpu" else nullcontext()
 
     def reduce(
         self,
@@ -61,17 +69,16 @@ class TileReducer:
         """
         words = row_words(self._top_k, self._temperatures, self._draws.count if self._draws else 0)
         out = torch.empty(len(rows_R), words, dtype=torch.int32, device=hidden_ND.device)
-        # As many rows on every rank: shards are padded to one width.
-        most = _TILE_BYTES.get(hidden_ND.device.type, _TILE_BYTES["cpu"])
-        step = max(1, most // (self._head.width * self._head.itemsize))
         unbroken = int(rows_R[-1] - rows_R[0]) == len(rows_R) - 1
         index_R = None if unbroken else torch.from_numpy(rows_R).to(hidden_ND.device, non_blocking=True)
         keys = None if keys_R is None else torch.from_numpy(keys_R).to(hidden_ND.device, non_blocking=True)
-        for a in range(0, len(rows_R), step):
-            b = min(a + step, len(rows_R))
+        for a in range(0, len(rows_R), self._rows):
+            b = min(a + self._rows, len(rows_R))
             first = int(rows_R[a])
             tile_RD = hidden_ND[first : first + b - a] if index_R is None else hidden_ND[index_R[a:b]]
-            out[a:b] = self._tile(self._head.logits(tile_RD), actual_R[a:b], None if keys is None else keys[a:b])
+            with self._memory:
+                logits_RW = self._head.logits(tile_RD)
+            out[a:b] = self._tile(logits_RW, actual_R[a:b], None if keys is None else keys[a:b])
         return out
 
     def _tile(self, logits_RW: torch.Tensor, actual_R: torch.Tensor, keys_R: torch.Tensor | None) -> torch.Tensor:

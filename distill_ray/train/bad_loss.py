@@ -25,6 +25,10 @@ MOST_SKIPPED = 10
 """Skipped steps in a row that end the run."""
 
 
+class BadStepError(UserError):
+    """A bad step that ends the run."""
+
+
 def spike_bound(section: TrainSection, history: Sequence[Line]) -> float:
     """Loss above which the next step is a spike; infinite where none is.
 
@@ -52,7 +56,7 @@ def check(section: TrainSection, step: int, result: StepResult, bound: float, hi
         history: lines of the steps before it.
 
     Raises:
-        UserError: it was a bad one, and `on_bad_loss` is "stop" or too many in a row were skipped.
+        BadStepError: it was a bad one, and `on_bad_loss` is "stop" or too many in a row were skipped.
     """
     spike = result.loss > bound
     if math.isfinite(result.loss) and not spike and math.isfinite(result.grad_norm) and not result.skipped:
@@ -66,10 +70,10 @@ def check(section: TrainSection, step: int, result: StepResult, bound: float, hi
         f'lower train.learning_rate={section.learning_rate} or use train.precision = "fp32", and give a new --version'
     )
     if section.on_bad_loss == "stop":
-        raise UserError(f"{fact}; {remedy}")
+        raise BadStepError(f"{fact}; {remedy}")
     before = sum(1 for _ in takewhile(lambda line: "skipped" in line, reversed(history)))
     if before + 1 >= MOST_SKIPPED:
-        raise UserError(f"{fact}, the {before + 1}th step in a row that was skipped; {remedy}")
+        raise BadStepError(f"{fact}, the {before + 1}th step in a row that was skipped; {remedy}")
     return False
 
 

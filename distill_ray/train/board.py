@@ -16,6 +16,8 @@ class News:
 
     steps: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+    """Steps whose checkpoints count from now on."""
 
 
 class Board:
@@ -47,8 +49,10 @@ class Board:
         return self._placed
 
     def start(self, step: int) -> None:
-        """The workers are ready and go on from `step`."""
+        """The workers are ready and go on from `step`: what a group before them failed with is mended."""
         self._leave = False
+        if not self._final:
+            self._error = None
         self._news.steps.append({"start": step})
 
     def post(self, line: dict[str, float]) -> int:
@@ -59,6 +63,10 @@ class Board:
     def note(self, text: str) -> None:
         """A sentence for the user."""
         self._news.notes.append(text)
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of `step` counts."""
+        self._news.saved.append(step)
 
     def fail(self, error: Exception, final: bool) -> None:
         """A worker's error; a `final` one must not be tried again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -39,8 +40,8 @@ class Settle(ControllerCallback, WorkerGroupCallback):
     workers wherever they are, and all steps since the last checkpoint with them.
     """
 
-    def __init__(self, train: TrainSection, board: Any) -> None:
-        self._train, self._board = train, board
+    def __init__(self, train: TrainSection, selector: Mapping[str, str], board: Any) -> None:
+        self._train, self._selector, self._board = train, selector, board
         self._held: Counter[str] = Counter()
         self._workers: int | None = None
         self._started = 0.0
@@ -70,19 +71,22 @@ class Settle(ControllerCallback, WorkerGroupCallback):
         now, train = time.monotonic(), self._train
         if now - self._started < train.grow_after_s or not self._held:
             return
-        if min(train.workers.max, sum(room(train, self._held).values())) <= self._held.total():
+        if min(train.workers.max, sum(self._room().values())) <= self._held.total():
             self._room_since = None
         elif self._room_since is None:
             self._room_since = now
         elif now - self._room_since >= train.settle_s:
             self._board.ask_leave.remote()
 
+    def _room(self) -> dict[str, int]:
+        return room(self._train, self._selector, self._held)
+
     def _settled(self) -> tuple[int, float]:
         import ray
 
         workers = self._train.workers
         begun = since = time.monotonic()
-        seen = room(self._train, self._held)
+        seen = self._room()
         while True:
             now, total = time.monotonic(), sum(seen.values())
             # At the first start nothing was lost, and a full cluster has nothing to wait for.
@@ -91,5 +95,5 @@ class Settle(ControllerCallback, WorkerGroupCallback):
             if over or (calm and total >= workers.min):
                 return max(workers.min, min(workers.max, total)), now - begun
             time.sleep(_LOOK_S)
-            if (found := room(self._train, self._held)) != seen:
+            if (found := self._room()) != seen:
                 seen, since = found, time.monotonic()

@@ -11,13 +11,17 @@ import uuid
 from typing import Any
 
 from distill_ray.config import Recipe
+from distill_ray.cost import metered
 from distill_ray.errors import DistillError, StoppedError, UserError
 from distill_ray.lease import LeaseToken
+from distill_ray.metrics import Meters
 from distill_ray.session import died, is_death, on_this_node
 from distill_ray.storage import Storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
+from distill_ray.train.bad_loss import BadStepError
 from distill_ray.train.board import Board, News, start_board
+from distill_ray.train.emitting import TrainMeters
 from distill_ray.train.job import Job, make_plan
 from distill_ray.train.placement import describe, is_elastic, is_waiting, worker_resources
 from distill_ray.train.preemption import POLL_S, POLL_VARIABLE
@@ -25,7 +29,7 @@ from distill_ray.train.restoring import check_newest
 from distill_ray.train.result import published_student
 from distill_ray.train.worker import work
 
-_SHOWN = ("loss", "kl_t1", "lr")
+_SHOWN = ("loss", "kl_t1", "lr", "tokens_per_s", "mfu")
 _SAY_WAITING_S = 10.0
 _UNPLACED_S = 30.0
 """Seconds that workers which no node has room for yet are waited for after a stop."""
@@ -74,14 +78,16 @@ def run(
     plan = make_plan(recipe, manifest)
     check_newest(recipe, storage, plan.digest)
     board = start_board(board_class)
-    fit = _Fit(Job(recipe, storage, manifest, token, board))
-    try:
-        with progress("train", plan.steps, "steps") as shown:
-            wait = _Wait(recipe, board, shown, placement_wait_s)
-            ended = _watch(fit, board, shown, stop, stop_grace_s, wait)
-        return _outcome(recipe, storage, token, board, fit.error() if ended else None, stop)
-    finally:
-        fit.close()
+    with metered(recipe, storage, token, "train") as meter:
+        fit = _Fit(Job(recipe, storage, manifest, token, board, meter))
+        try:
+            with progress("train", plan.steps, "steps") as shown:
+                wait = _Wait(recipe, board, shown, placement_wait_s)
+                relay = _Relay(shown, TrainMeters(Meters(recipe.name, recipe.version, "train"), recipe, plan.steps))
+                ended = _watch(fit, board, relay, stop, stop_grace_s, wait)
+            return _outcome(recipe, storage, token, board, fit.error() if ended else None, stop)
+        finally:
+            fit.close()
 
 
 class _Fit:
@@ -142,7 +148,8 @@ def _trainer(job: Job, folder: str) -> Any:
 
     train = job.recipe.train
     elastic = is_elastic(train)
-    callbacks: Any = [Leave()] + ([Settle(train, job.board)] if elastic else [])
+    selector = job.recipe.cluster.selector("student")
+    callbacks: Any = [Leave()] + ([Settle(train, selector, job.board)] if elastic else [])
     os.environ.setdefault(POLL_VARIABLE, str(POLL_S))  # of this actor's own process; Ray Train hands it on
     # Ray Train keeps only its own notes here; checkpoints go to storage by our manifests. A fresh name each time: the
     # notes of a killed driver must not speak to this one.
@@ -154,12 +161,14 @@ def _trainer(job: Job, folder: str) -> Any:
             num_workers=(train.workers.min, train.workers.max) if elastic else train.workers.max,
             use_gpu=train.use_gpu,
             resources_per_worker=worker_resources(train),
+            label_selector=selector or None,
             elastic_resize_monitor_interval_s=math.inf,
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         run_config=RunConfig(
             name=name,
             storage_path=folder,
+            worker_runtime_env=job.recipe.cluster.environments.student.runtime_env(),
             failure_config=FailureConfig(
                 max_failures=train.max_failures,
                 max_preemption_failures=train.max_preemption_failures,
@@ -175,6 +184,7 @@ class _Wait:
 
     def __init__(self, recipe: Recipe, board: Any, shown: Progress, limit_s: float) -> None:
         self._train, self._board, self._shown, self._limit_s = recipe.train, board, shown, limit_s
+        self._selector = recipe.cluster.selector("student")
         self._begun = time.monotonic()
         self._since: float | None = None
         self._over = False
@@ -187,25 +197,26 @@ class _Wait:
         if self._over or now - self._begun < _SAY_WAITING_S:
             return
         self._over = ray.get(self._board.placed.remote())
-        if self._over or not is_waiting(self._train, ray.get(self._board.sized.remote())):
+        if self._over or not is_waiting(self._train, self._selector, ray.get(self._board.sized.remote())):
             return
         if self._since is None:
             self._since = now
-            self._shown.note(f"waiting for resources: {describe(self._train)}")
+            self._shown.note(f"waiting for resources: {describe(self._train, self._selector)}")
         elif now - self._since > self._limit_s:
             raise UserError(
-                f"no room for the training workers after {now - self._since:.0f} s: {describe(self._train)}; lower "
-                "it, add nodes, or end what else runs on the cluster; the same command goes on from here"
+                f"no room for the training workers after {now - self._since:.0f} s: "
+                f"{describe(self._train, self._selector)}; lower it, add nodes, or end what else runs on the cluster; "
+                "the same command goes on from here"
             )
 
 
-def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_s: float, wait: _Wait) -> bool:
+def _watch(fit: _Fit, board: Any, relay: _Relay, stop: threading.Event, grace_s: float, wait: _Wait) -> bool:
     """Relay news until the trainer is done, or, False, until workers asked to stop have had their time."""
     import ray
 
-    position, asked_at = 0, None
+    asked_at = None
     while not fit.wait(0.2):
-        position = _relay(ray.get(board.drain.remote()), shown, position)
+        relay.take(ray.get(board.drain.remote()))
         if not stop.is_set():
             wait.check()
             continue
@@ -213,22 +224,40 @@ def _watch(fit: _Fit, board: Any, shown: Progress, stop: threading.Event, grace_
         asked_at = asked_at or time.monotonic()
         if time.monotonic() - asked_at > (grace_s if ray.get(board.placed.remote()) else _UNPLACED_S):
             return False
-    _relay(ray.get(board.drain.remote()), shown, position)
+    relay.take(ray.get(board.drain.remote()))
+    relay.end(ray.get(board.error.remote())[0])
     return True
 
 
-def _relay(news: News, shown: Progress, position: int) -> int:
-    for text in news.notes:
-        shown.note(text)
-    for line in news.steps:
-        if "start" in line:
-            # A restarted group goes back to its checkpoint; so does the bar.
-            shown.skip(int(line["start"]) - position)
-            position = int(line["start"])
-        else:
-            shown.advance(1, **{name: line[name] for name in _SHOWN if name in line})
-            position += 1
-    return position
+class _Relay:
+    """Passes the workers' news on to progress and metrics."""
+
+    def __init__(self, shown: Progress, meters: TrainMeters) -> None:
+        self._shown, self._meters, self._position = shown, meters, 0
+
+    def take(self, news: News) -> None:
+        """What came since the last call."""
+        for text in news.notes:
+            self._shown.note(text)
+        for line in news.steps:
+            if "start" in line:
+                # A restarted group goes back to its checkpoint; so does the bar.
+                self._shown.skip(int(line["start"]) - self._position)
+                self._position = int(line["start"])
+                self._meters.start(self._position)
+            else:
+                self._shown.advance(1, **{name: line[name] for name in _SHOWN if name in line})
+                self._position += 1
+                self._meters.step(line)
+        for step in news.saved:
+            self._meters.saved(step)
+        self._meters.tick()
+
+    def end(self, error: Exception | None) -> None:
+        """The trainer has ended; `error` is the last one that a worker posted."""
+        if isinstance(error, BadStepError):
+            self._meters.bad_end()
+        self._meters.close()
 
 
 def _outcome(
@@ -250,9 +279,10 @@ def _outcome(
     from ray.train.v2.api.exceptions import PreemptionError
 
     if isinstance(failed, ControllerError):
+        room = describe(recipe.train, recipe.cluster.selector("student"))
         raise DistillError(
-            f"the worker group could not be started again: {describe(recipe.train)}; run the same command when there "
-            f"is room, it goes on from the last checkpoint ({failed.controller_failure})"
+            f"the worker group could not be started again: {room}; run the same command when there is room, it goes on "
+            f"from the last checkpoint ({failed.controller_failure})"
         ) from failed
     if failed is not None and is_death(failed):
         raise died("the process that directs the training died", failed) from failed

@@ -22,6 +22,8 @@ class Job:
     token: LeaseToken
     board: Any
     """Handle of the `Board` actor."""
+    meter: Any = None
+    """Actor to which workers post their seconds."""
 
 
 def make_plan(recipe: Recipe, manifest: RunManifest) -> BatchPlan:
@@ -33,6 +35,7 @@ def make_plan(recipe: Recipe, manifest: RunManifest) -> BatchPlan:
         split="train",
         seed=train.seed,
         epochs=train.epochs,
+        mix=train.mix,
         pack_tokens=train.pack_tokens,
         packs_per_batch=train.packs_per_batch,
     )

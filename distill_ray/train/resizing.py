@@ -42,9 +42,12 @@ def for_any_size(job: Job, manifest: checkpoints.Manifest, say: Callable[[str], 
         shutil.copyfile(saved / HISTORY_FILE, converted / HISTORY_FILE)
         seconds = time.monotonic() - started
         stored = checkpoints.store_universal(job.storage, job.token, manifest, converted, seconds=seconds)
+    taken = time.monotonic() - started
     size, before = (sum(f.size for f in m.files) / 2**30 for m in (stored, manifest))
+    disk = size + before
     say(
         f"checkpoint of step {manifest.step} was saved by {manifest.world_size} workers; converted for any number in "
-        f"{time.monotonic() - started:.0f} s, {size:.3g} GiB, with {size + before:.3g} GiB of local disk"
+        f"{taken:.0f} s, {size:.3g} GiB, with {disk:.3g} GiB of local disk: {taken / before:.3g} s and "
+        f"{disk / before:.3g} GiB of disk for each GiB of the checkpoint"
     )
     return stored

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from distill_ray import checkpoints
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, IntegrityError, UserError
 from distill_ray.storage import Storage
+from distill_ray.train.meeting import patiently
 from distill_ray.train.result import HISTORY_FILE
 from distill_ray.train.scratch import Scratch
 
 if TYPE_CHECKING:
     from distill_ray.student.engine import StudentEngine
     from distill_ray.train.job import Job
-
-T = TypeVar("T")
-_MEET_S = 60.0
 
 
 def restore_newest(job: Job, engine: StudentEngine, plan: str) -> tuple[int, list[dict[str, float]]]:
@@ -110,29 +106,10 @@ def _converted(
         except DistillError as error:
             return error
 
-    found = _patiently(convert)[0]
+    found = patiently(convert)[0]
     if isinstance(found, DistillError):
         raise found
     return found
-
-
-def _patiently(act: Callable[[], T]) -> list[T]:
-    """Every rank acts, and gets what all of them answer. A collective.
-
-    Hundreds of gigabytes take longer to move than a process group lets a rank wait in a collective (Ray Train: half an
-    hour), so the ranks meet again and again until all are done.
-    """
-    import torch.distributed as dist
-
-    done = [False] * dist.get_world_size()
-    with ThreadPoolExecutor(1, "restore") as pool:
-        mine = pool.submit(act)
-        while not all(done):
-            wait([mine], timeout=_MEET_S)
-            dist.all_gather_object(done, mine.done())
-    answers: list[Any] = [None] * len(done)
-    dist.all_gather_object(answers, mine.result())
-    return answers
 
 
 def check_newest(recipe: Recipe, storage: Storage, plan: str) -> None:
@@ -181,7 +158,7 @@ def _everyones_problem(job: Job, manifest: checkpoints.Manifest, names: list[str
             return str(error)
         return None
 
-    return _patiently(restore)
+    return patiently(restore)
 
 
 def _say(job: Job, text: str) -> None:

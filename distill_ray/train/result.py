@@ -19,7 +19,7 @@ from distill_ray.lease import (
     store_folder,
 )
 from distill_ray.storage import Storage
-from distill_ray.train.scratch import Scratch
+from distill_ray.train.scratch import Scratch, writing_under
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +78,8 @@ def publish_student(
     # With the epoch in the key, a driver that lost its lease cannot touch its successor's files.
     prefix = f"{job.token.run_prefix}/student/e{job.token.epoch:04d}"
     with Scratch("student") as folder:
-        write_folder(model, merge_lora(state, lora) if lora else state, teacher_folder, Path(folder))
+        with writing_under(Path(folder)):
+            write_folder(model, merge_lora(state, lora) if lora else state, teacher_folder, Path(folder))
         entry = store_folder(job.storage, job.token, prefix, Path(folder), {"step": steps})
     stored = store_history(job.storage, job.token, history)
     publish(job.storage, job.token, "student", {**entry, "step": steps, "plan": plan, "history": stored})

@@ -1,4 +1,4 @@
-"""Checkpoints that do not stop training: files are written between two steps and uploaded beside the next ones."""
+"""Checkpoints that do not stop training: copied in memory between two steps, written and uploaded beside the next."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from distill_ray import checkpoints
 from distill_ray.checkpoints import StoredFile
 from distill_ray.lease import LeaseToken
 from distill_ray.storage import Storage
-from distill_ray.train.scratch import Scratch
+from distill_ray.train.meeting import patiently
+from distill_ray.train.scratch import Scratch, writing_under
 
-Write = Callable[[Path], list[Path]]
-"""Writes this rank's files of a checkpoint under a folder; returns them."""
+Stage = Callable[[Path], Callable[[], list[Path]]]
+"""Copies this rank's state; what it returns writes the copy's files under the folder, in a thread, and returns them."""
 Publish = Callable[[list[StoredFile]], None]
 """Makes the checkpoint count, given every rank's files."""
 
 
 @dataclass
 class _Flight:
-    folder: Scratch
     files: Future[list[StoredFile]]
     publish: Publish
 
@@ -61,21 +61,26 @@ class Saver:
         if self._published is not None and self._published.done():
             self._wait_published()
 
-    def begin(self, step: int, write: Write, publish: Publish) -> None:
-        """Write the files now, upload them beside training.
+    def begin(self, step: int, stage: Stage, publish: Publish) -> None:
+        """Copy the state now, write and upload it beside training.
 
         Args:
             step: optimizer steps done.
-            write: called at once: what it writes is the state between two steps.
+            stage: called at once: what it copies is the state between two steps.
             publish: called on rank 0, in a thread, once the files of all ranks are stored.
         """
         assert self._flight is None, "one at a time"
         started = time.perf_counter()
         folder = Scratch("save")
-        paths = write(Path(folder.name))
-        files = self._uploads.submit(checkpoints.upload, self._storage, self._token, step, paths)
-        self._flight = _Flight(folder, files, publish)
+        files = self._uploads.submit(self._store, step, folder, stage(Path(folder.name)))
+        self._flight = _Flight(files, publish)
         self._seconds += time.perf_counter() - started
+
+    def _store(self, step: int, folder: Scratch, write: Callable[[], list[Path]]) -> list[StoredFile]:
+        with folder:  # removed here: taking gigabytes off a disk takes a while, too
+            with writing_under(Path(folder.name)):
+                paths = write()
+            return checkpoints.upload(self._storage, self._token, step, paths)
 
     def land(self) -> None:
         """Wait for all ranks' files and have them published; nothing where none is on its way. A collective.
@@ -88,10 +93,7 @@ class Saver:
             return
         started = time.perf_counter()
         flight, self._flight = self._flight, None
-        with flight.folder:
-            mine = flight.files.result()
-        everyone: list[list[StoredFile]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
+        everyone = patiently(flight.files.result)
         self._wait_published()
         if dist.get_rank() == 0:
             self._published = self._publications.submit(flight.publish, [f for files in everyone for f in files])

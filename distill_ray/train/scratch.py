@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from distill_ray.storage.atomic import explain_os, free_bytes
 
 _PREFIX = "distill-ray-scratch-"
 _SETTLED_S = 60.0
 """Age below which a folder is left alone: another process may have made it and not locked it yet."""
+
+_FULL_BYTES = 1 << 20
+"""Free bytes below which a failed write is put down to the disk."""
+
+
+@contextmanager
+def writing_under(folder: Path) -> Iterator[None]:
+    """Raises StorageError where what is written under `folder` finds the disk full, in whatever words.
+
+    torch's writers report it as a RuntimeError ("unexpected pos 576 vs 534"), safetensors by an error of its own,
+    neither with an errno.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free_bytes(folder) < _FULL_BYTES
+        if not full:
+            raise
+        raise explain_os(OSError(errno.ENOSPC, "no space left"), folder, "write") from error
 
 
 class Scratch(tempfile.TemporaryDirectory[str]):

@@ -44,6 +44,7 @@ from distill_ray.train.saving import Saver
 from distill_ray.train.scratch import Scratch
 from tests.bench.measure import LEAST_REPEATS
 from tests.bench.step import STEPS, VOCAB, WORLD, batch, student
+from tests.ranks import spawn
 from tests.s3server import S3Server
 
 RUN = "runs/bench/v1"
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> dict[str, float]:
     layers = max(1, round(((arguments.mib << 20) / STATE_BYTES - VOCAB * arguments.width) / layer))
     with tempfile.TemporaryDirectory() as folder, S3Server(Path(folder)) as server:
         sizes = (arguments.width, layers, arguments.rounds, arguments.quiet_steps)
-        torch.multiprocessing.spawn(_work, args=(folder, server.root, server.env, *sizes), nprocs=WORLD)
+        spawn(_work, (folder, server.root, server.env, *sizes), WORLD)
         return figures(json.loads((Path(folder) / "rounds.json").read_text()))
 
 
@@ -122,7 +123,7 @@ class Worker:
         at, weights = self.step, [p.detach().clone() for p in self.module.parameters()]
         dist.barrier()
         begun = time.perf_counter()
-        self.saver.begin(at, self.engine.save, self.publish(at))
+        self.saver.begin(at, self.engine.stage, self.publish(at))
         busy = list[float]()
         while self.saver.in_flight:
             seconds, arrived = self.train()
@@ -154,13 +155,23 @@ class Worker:
         dist.barrier()
         begun = time.perf_counter()
         with Scratch("save") as folder:
-            files = checkpoints.upload(self.storage, self.token, self.step, self.engine.save(Path(folder)))
+            files = checkpoints.upload(self.storage, self.token, self.step, self.written(Path(folder)))
         everyone: list[Any] = [None] * WORLD
         dist.all_gather_object(everyone, files)
         if self.engine.rank == 0:
             self.publish(self.step)([f for files in everyone for f in files])
         dist.barrier()
         return time.perf_counter() - begun
+
+    def written(self, folder: Path) -> list[Path]:
+        """The same files straight from the state, with no copy in between."""
+        from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+        engine: Any = self.engine._engine
+        copying, engine.checkpoint_engine = engine.checkpoint_engine, TorchCheckpointEngine(engine._config)
+        engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        engine.checkpoint_engine = copying
+        return sorted(p for p in (folder / "state").iterdir() if p.is_file())
 
     def dcp_async(self) -> float:
         """DCP's call alone; its writing is waited for before anything else."""
@@ -206,7 +217,6 @@ def _work(
     dist.barrier()
     if lease:
         lease.release()
-    dist.destroy_process_group()
 
 
 def _round(worker: Worker, quiet_steps: int) -> dict[str, Any]:

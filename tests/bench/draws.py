@@ -63,7 +63,8 @@ class _Head:
 
     def __init__(self, weight_VD: torch.Tensor) -> None:
         self._weight_VD = weight_VD
-        self.width, self.itemsize, self.tp_size = len(weight_VD), 4, 1
+        self.width, self.tp_size = len(weight_VD), 1
+        self.dtype, self.device = weight_VD.dtype, weight_VD.device
         self.columns = [Columns(0, len(weight_VD), 0)]
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

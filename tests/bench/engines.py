@@ -17,6 +17,7 @@ import torch
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.schema import TargetRows
+from distill_ray.teacher.scratch import Scratch
 from tests.bench.measure import resident_mib
 
 K = 64
@@ -25,7 +26,8 @@ SEQUENCES = 4
 BATCH_TOKENS = 512
 IDLE_S = 1.5
 """vLLM's workers spin for a second after their last call, on cores that the next engine needs."""
-_TILE_BYTES = 2**24
+_TILE_BYTES = 2**24, 2**27
+"""A cache's worth of logits, and as many as capture makes at once."""
 _LOG_TAIL = 4000
 
 
@@ -149,18 +151,27 @@ def worker(folder: Path, tokens: list[np.ndarray]) -> dict[str, Callable[[], flo
 
 
 def _logits_by(way: int, vllm_worker: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], int, int]:
-    """One way of making logits, the rows it takes at a time, and the model's width: vLLM's own head, or torch's matmul.
+    """One way of making logits, the rows it takes at a time, and the model's width.
 
-    Ways 0 … 2 and 3 … 5 are the two, in tiles of 16 MiB of logits (as capture's), four times that, and a whole step.
+    Ways 0 … 2 are vLLM's own head, 3 … 5 torch's matmul into kept memory, 6 … 8 vLLM's head into capture's kept memory;
+    each in tiles of a cache's size, of capture's size, and a whole step.
     """
     runner = vllm_worker.model_runner
     vocab, width = runner.model_config.get_vocab_size(), runner.model_config.get_hidden_size()
-    rows = min(BATCH_TOKENS, (_TILE_BYTES // (4 * vocab), 4 * _TILE_BYTES // (4 * vocab), BATCH_TOKENS)[way % 3])
+    rows = (*(min(BATCH_TOKENS, most // (4 * vocab)) for most in _TILE_BYTES), BATCH_TOKENS)[way % 3]
     if way < 3:
         return runner.model.compute_logits, rows, width
-    weight_DV = torch.randn(vocab, width, generator=torch.Generator().manual_seed(0)).T
-    out = torch.empty(rows, vocab)
-    return (lambda hidden: torch.mm(hidden, weight_DV, out=out[: len(hidden)])), rows, width
+    if way < 6:
+        weight_DV = torch.randn(vocab, width, generator=torch.Generator().manual_seed(0)).T
+        out = torch.empty(rows, vocab)
+        return (lambda hidden: torch.mm(hidden, weight_DV, out=out[: len(hidden)])), rows, width
+    memory = Scratch(rows, vocab, torch.float32)
+
+    def kept(hidden: torch.Tensor) -> torch.Tensor:
+        with memory:
+            return runner.model.compute_logits(hidden)
+
+    return kept, rows, width
 
 
 def head_seconds(vllm_worker: Any, way: int, rows: int) -> float:
@@ -177,7 +188,7 @@ def head_seconds(vllm_worker: Any, way: int, rows: int) -> float:
 
 def fastest_way(vllm_worker: Any) -> int:
     """The way that takes least for one step's rows; runs in vLLM's worker."""
-    return min(range(6), key=lambda way: min(head_seconds(vllm_worker, way, BATCH_TOKENS) for _ in range(2)))
+    return min(range(9), key=lambda way: min(head_seconds(vllm_worker, way, BATCH_TOKENS) for _ in range(2)))
 
 
 def dicts(folder: Path, tokens: list[np.ndarray]) -> dict[str, Callable[[], float | None]]:

@@ -10,8 +10,8 @@ Rival: the same rows in Parquet as lists of ids and of log-probabilities a row, 
 
 `step.data_wait_share` lives here too, because it needs the server: a null step takes as long as a trainer of 100,000
 rows a second would, and holds no core meanwhile, as one on a GPU hardly would. It counts from before the first batch,
-whose wait is the longest: batches draw from all units, so the first ones fetch them all, and a longer run waits for a
-lesser share. `step.data_wait_share_fetched` begins once that is done; `step.data_wait_first_s` is the wait up to there.
+whose wait is `step.data_wait_first_s`; `step.data_wait_share_after_first` begins once it is there. Batches draw from
+all units, so nearly every row group is fetched while the first ones are made; a longer run waits for a lesser share.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--units", type=int, default=8, help="target objects (default 8)")
     parser.add_argument("--rows", type=int, default=131_072, help="rows of each, about (default 131,072)")
     parser.add_argument("--rival-rows", type=int, default=32_768, help="rows the rival reads (default 32,768)")
-    parser.add_argument("--step-rows", type=int, default=6_000_000, help="rows the null step takes (default 6,000,000)")
+    parser.add_argument("--step-rows", type=int, default=10_000_000, help="the null step takes (default 10,000,000)")
     parser.add_argument("--rounds", type=int, default=LEAST_REPEATS, help=f"timed rounds (default {LEAST_REPEATS})")
 
 
@@ -194,17 +194,17 @@ def waits(store: Store, rows: int) -> dict[str, float]:
     """Share of the time that a null step of CONSUMED_PER_S rows a second waits for its next batch."""
     plan = store.plan(max(1, round(rows / store.rows)))
     cache = open_cache(store.storage, IDENTITY, plan.units)
-    first = fetched_at = 0.0
+    first = after = 0.0
     begun = time.perf_counter()
     with PackLoader(store.storage, IDENTITY, plan, cache=cache) as loader:
         for batch in loader:
-            if not fetched_at and cache.fetched == len(plan.units):
-                fetched_at, first = time.perf_counter(), loader.wait_seconds
+            if not after:
+                after, first = time.perf_counter(), loader.wait_seconds
             time.sleep(len(batch.targets) / CONSUMED_PER_S)
         ended = time.perf_counter()
     return {
         "step.data_wait_share": loader.wait_seconds / (ended - begun),
-        "step.data_wait_share_fetched": (loader.wait_seconds - first) / (ended - fetched_at),
+        "step.data_wait_share_after_first": (loader.wait_seconds - first) / (ended - after),
         "step.data_wait_first_s": first,
         "step.data_wait_run_s": ended - begun,
     }

@@ -28,7 +28,7 @@ from distill_ray.teacher.seeds import row_keys, sequence_hash
 from distill_ray.teacher.transformers_engine import rows_from_logits
 from tests.assets import corpus_folder
 
-VOCAB, LENGTH, BATCH = 8192, 128, 8
+VOCAB, LENGTH, BATCH = 8192, 128, 4
 ROWS = LENGTH - 1
 ECE_BINS = 15
 

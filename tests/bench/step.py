@@ -36,6 +36,7 @@ from distill_ray.student.module import DistillModule, HeadLoss
 from distill_ray.targets import CaptureIdentity, ManifestUnit, RunManifest
 from tests.bench.loss import RIVAL
 from tests.bench.measure import medians
+from tests.ranks import spawn
 
 VOCAB, K, WORLD, STAGES = 49_152, 64, 2, (1, 3)
 DOCUMENT = 512
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> dict[str, float]:
     sizes = (arguments.tokens, arguments.width, arguments.layers, arguments.repeats)
     for stage in STAGES:
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_work, args=(folder, stage, *sizes), nprocs=WORLD)
+            spawn(_work, (folder, stage, *sizes), WORLD)
             seconds = json.loads((Path(folder) / "seconds.json").read_text())
         for kind, taken in seconds.items():
             figures[f"step.zero{stage}_{kind}_tokens_per_s"] = WORLD * arguments.tokens / taken
@@ -146,7 +147,6 @@ def _work(rank: int, folder: str, stage: int, tokens: int, width: int, layers: i
     if rank == 0:
         (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def packing_fill(sequences: int, pack_tokens: int = 4096) -> float:

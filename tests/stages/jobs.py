@@ -59,6 +59,14 @@ checkpoint_every = {checkpoint_every}
 [export]
 dtype = "float32"
 licence = "apache-2.0"
+[cost]
+device_hour = {{ local = 2.0 }}
+storage_gb_month = 0.02
+[cost.serving]
+tokens_per_request = 1000
+teacher_million_tokens = 1.0
+student_million_tokens = 0.1
+horizon_days = 7
 """
 
 

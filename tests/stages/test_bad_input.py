@@ -133,13 +133,14 @@ AWKWARD = [
 ]
 
 
+@pytest.mark.long
 def test_awkward_documents_are_dead_letters_and_the_long_one_is_captured(tmp_path: Path):
     job = Job(tmp_path, str(tmp_path / "root"))
     for path in job.data.glob("*.jsonl"):
         path.unlink()
     (job.data / "awkward.jsonl").write_bytes(b"".join(AWKWARD))
     job.call(command="capture")
-    letters = Path(job.root, "runs/tiny/v1/dead-letters.jsonl").read_text().splitlines()
+    letters = Path(job.root, "dead-letters/tiny/v1.jsonl").read_text().splitlines()
     assert len(letters) == 5, letters
     for reason in ("UTF-8", "empty", "nothing to predict", "text", "JSON"):
         assert any(reason in letter for letter in letters), (reason, letters)
@@ -169,6 +170,7 @@ def test_a_truncated_target_file_is_seen_and_only_its_unit_captured_again(captur
     assert targets.inspect(job.root + "/runs/tiny/v1", verify=True).problems == ()
 
 
+@pytest.mark.long
 def test_a_bit_flipped_target_file_is_refused_by_training_and_its_remedy_works(captured: Path, tmp_path: Path):
     job = copy_of(captured, tmp_path)
     victim = job.unit_objects()[0]

@@ -158,7 +158,7 @@ def test_dead_letters_are_listed_once_whatever_is_rerun(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
     manifest = _run(recipe, ShortTeacher)
     lengths = np.concatenate([u.lengths for u in manifest.units])
-    letters = tmp_path / "root" / recipe.run_prefix / "dead-letters.jsonl"
+    letters = tmp_path / "root" / "dead-letters" / recipe.name / f"{recipe.version}.jsonl"
     first = [json.loads(line) for line in letters.read_text().splitlines()]
     assert [d["record"] for d in first] == [3, 4]
     assert manifest.dead == 2
@@ -168,7 +168,8 @@ def test_dead_letters_are_listed_once_whatever_is_rerun(tmp_path: Path) -> None:
     # Another capture (top_k = 1 … is another fingerprint) whose teacher refuses one sequence for its own reasons.
     other = _recipe(tmp_path / "other", f"{tmp_path}/corpus/*")
     manifest = _run(other, partial(ShortTeacher, refused=int(lengths[0])))
-    reasons = [json.loads(x)["reason"] for x in (tmp_path / "other" / other.run_prefix / "dead-letters.jsonl").open()]
+    letters = tmp_path / "other" / "dead-letters" / other.name / f"{other.version}.jsonl"
+    reasons = [json.loads(line)["reason"] for line in letters.open()]
     assert manifest.sequences == int((lengths != lengths[0]).sum())
     assert sum("displease" in r for r in reasons) == int((lengths == lengths[0]).sum())
 
@@ -220,7 +221,7 @@ def test_a_full_cluster_is_said_and_waited_for(tmp_path: Path, monkeypatch: pyte
     notes: list[str] = []
     hog = Hog.remote()
     ray.get(hog.ready.remote())
-    monkeypatch.setattr(session, "_SAY_FULL_S", 0.5)
+    monkeypatch.setattr(session, "SAY_FULL_S", 0.5)
     _write(tmp_path / "corpus", "a.jsonl", TEXTS)
     manifest = _run(_recipe(tmp_path / "root", f"{tmp_path}/corpus/*"), partial(ShortTeacher), Listener)
     assert manifest.sequences == len(TEXTS)

@@ -171,21 +171,38 @@ def test_a_lost_node_leaves_a_group_of_one_that_ends_at_the_same_losses(tmp_path
     assert "was saved by 2 workers; converted for any number in" in found.notes
 
 
-def test_a_drain_notice_of_8_s_loses_no_finished_step_and_counts_as_no_failure(tmp_path: Path, nodes: Nodes) -> None:
-    def notice() -> None:
-        nodes.drain(8.0)
-        time.sleep(2.5)  # until Ray Train has looked
+def _notice(nodes: Nodes) -> None:
+    nodes.drain(8.0)
+    time.sleep(2.5)  # until Ray Train has looked
 
+
+def test_a_drain_notice_of_8_s_loses_no_finished_step_and_counts_as_no_failure(tmp_path: Path, nodes: Nodes) -> None:
     def take() -> None:
         time.sleep(5.5)
         nodes.lose()
 
-    found = run(tmp_path, nodes, 2, notice, take, max_failures=0)
+    found = run(tmp_path, nodes, 2, lambda: _notice(nodes), take, max_failures=0)
     assert found.losses == pytest.approx(found.reference, rel=1e-5)
     assert found.tokens == found.planned
     assert found.posted == list(range(len(found.losses))), "no step was done twice"
     assert f"the workers leave after {AT + 2} steps, which are saved" in found.notes
     assert "started again with 1 workers (before: 2)" in found.notes
+
+
+def test_a_group_of_fixed_size_leaves_on_notice_and_goes_on_once_another_node_is_there(
+    tmp_path: Path, nodes: Nodes
+) -> None:
+    def replace() -> None:
+        time.sleep(5.5)
+        nodes.lose()
+        nodes.add()
+
+    workers = {"min": 2, "max": 2}
+    found = run(tmp_path, nodes, 2, lambda: _notice(nodes), replace, max_failures=0, workers=workers)
+    assert found.losses == pytest.approx(found.reference, rel=1e-5)
+    assert found.posted == list(range(len(found.losses))), "no step was done twice"
+    assert f"the workers leave after {AT + 2} steps, which are saved" in found.notes
+    assert found.conversions == []
 
 
 def test_a_new_node_is_used_after_the_group_has_saved_and_left(tmp_path: Path, nodes: Nodes) -> None:

@@ -52,6 +52,7 @@ def _assert_ends(answers: list[Answer], prompt: np.ndarray, generate: GenerateSe
         assert (a.finish == "stop") or len(written) == generate.max_tokens
 
 
+@pytest.mark.long
 def test_vllm_answers_as_the_reference_does_and_by_seeds_alone(tmp_path: Path) -> None:
     folder = tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
     prompts = prose_sequences(folder, LENGTHS)
@@ -121,6 +122,7 @@ generate = { samples = 2, max_tokens = 20, seed = 3 }
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("cluster_address")
+@pytest.mark.long
 def test_a_run_on_prompts_trains_on_what_the_teacher_wrote_alone(tmp_path: Path) -> None:
     write_documents(tmp_path / "data/a.jsonl", 0, 24, chars=80)
     write_documents(tmp_path / "data/b.jsonl", 24, 1, chars=900)  # leaves no room for an answer
@@ -133,7 +135,7 @@ def test_a_run_on_prompts_trains_on_what_the_teacher_wrote_alone(tmp_path: Path)
     assert job.published()["audit"]["passed"]
     assert "sound" in first.stderr
     assert (manifest.sequences, manifest.dead) == (48, 1)
-    dead = storage.get("runs/tiny/v1/dead-letters.jsonl").decode()
+    dead = storage.get("dead-letters/tiny/v1.jsonl").decode()
     assert "leaves no room for capture.generate.max_tokens=20 in corpus.window_tokens=128; it may have 108" in dead
     seen = {"stop": 0, "length": 0}
     for unit in manifest.units:

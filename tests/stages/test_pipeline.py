@@ -32,9 +32,29 @@ def test_the_report_tells_teacher_before_and_after(done: Job):
     assert report["teacher"]["kl_t1"] == pytest.approx(0, abs=1e-6)
     assert report["teacher"]["top1_agreement"] == 1
     assert {"capture", "train"} <= set(report["timings"]["seconds"])
-    assert report["timings"]["teacher_of_command"] == done.published()["targets"]["teacher_of_command"]
-    assert report["timings"]["teacher_of_command"]["actors"] == 1
-    assert "1 actor(s) of the last capture command" in Path(done.root, "runs/tiny/v1/report.html").read_text()
+
+
+def test_the_report_tells_what_every_stage_held_and_when_the_student_has_paid(done: Job):
+    found = done.report()["cost"]
+    usage = {each["stage"]: each for each in found["usage"]}
+    assert list(usage) == ["capture", "train", "evaluate"]
+    for each, processes in zip(usage.values(), (1, 2, 1), strict=True):
+        assert (each["node_type"], each["device"], each["processes"]) == ("local", "CPU process", processes)
+        assert each["busy_s"] > 0
+        assert each["start_s"] > 0
+    assert usage["capture"]["done"] == len(done.unit_objects())
+    assert usage["train"]["done"] == len(done.losses())
+    assert usage["train"]["tokens"] == done.report()["tokens"]["supervised_train"]
+    held = sum(each[name] for each in usage.values() for name in ("start_s", "busy_s", "idle_s"))
+    assert found["cpu_process_hours"] == pytest.approx(held / 3600)
+    assert found["dollars"]["total"] == pytest.approx(2.0 * held / 3600)
+    per_million = 2.0 * sum(usage["capture"][n] for n in ("start_s", "busy_s", "idle_s")) / 3600
+    assert found["dollars_per_million_teacher_tokens"] == pytest.approx(per_million / usage["capture"]["tokens"] * 1e6)
+    paid = found["dollars"]["total"] + found["storage"]["dollars_per_month"] * 7 / 30.4375
+    assert found["break_even"]["requests_per_day"] == pytest.approx(paid / (7 * 0.0009))
+    page = Path(done.root, "runs/tiny/v1/report.html").read_text()
+    assert "Usage and cost" in page
+    assert "requests a day on, the student has paid for itself" in page
 
 
 def test_again_is_quick_and_recomputes_nothing(done: Job):
@@ -46,10 +66,14 @@ def test_again_is_quick_and_recomputes_nothing(done: Job):
     assert time.monotonic() - started < 20
     assert snapshot() == before
     assert "student before" in again.stdout
+    assert "process hours on CPUs in 1 command(s), $" in again.stdout
+    assert "requests a day on, the student has paid" in again.stdout
 
 
 def test_status_and_inspect_read_the_finished_run(done: Job):
-    assert done.run(command="status").stdout.count("done") == 4
+    shown = done.run(command="status").stdout
+    assert shown.count("done") == 4
+    assert re.search(r"cost +capture .* CPU process hours .*, train .*, evaluate .*, \$0\.\d\d in 1 command", shown)
 
 
 def test_another_recipe_under_the_same_version_is_refused(done: Job):
@@ -112,6 +136,36 @@ def test_bounds_and_licence_changed_afterwards_are_judged_anew_and_nothing_is_co
     assert done.latest()["entry"]["sha256"] == done.published()["export"]["sha256"]
     assert done.report()["after"] == figures
     assert computed() == before
+
+
+def test_other_prices_are_reckoned_anew_and_nothing_is_computed(done: Job):
+    before = done.report()
+    Job(done.folder, done.root, edits={"local = 2.0": "local = 6.0"}).call()
+    after = done.report()
+    assert after["after"] == before["after"]
+    assert after["cost"]["cpu_process_hours"] == before["cost"]["cpu_process_hours"]
+    assert after["cost"]["dollars"]["total"] == pytest.approx(3 * before["cost"]["dollars"]["total"])
+    Job(done.folder, done.root).call()
+    assert done.report()["cost"]["dollars"] == before["cost"]["dollars"]
+
+
+@pytest.mark.long
+def test_a_week_of_other_text_is_warned_of_and_a_missed_bound_leaves_latest_where_it_is(done: Job, tmp_path: Path):
+    lines = (json.dumps({"text": f"{i * i} {i} " * 120}) + "\n" for i in range(30))
+    Path(tmp_path, "data").mkdir()
+    Path(tmp_path, "data", "numbers.jsonl").write_text("".join(lines))
+    bounds = '[evaluate]\ndrift_warn = 0.05\nrequire = { kl_t1 = 1e-6, "after.ece" = { max_rise = 0.01 } }\n[export]'
+    job = Job(tmp_path, done.root, epochs=1, edits={"[export]": bounds})
+    latest = done.latest()
+    assert latest["version"] == "v1"
+    week = job.call("--version", "v3", code=3)
+    assert "missed evaluate.require: after.kl_t1" in week.stderr
+    assert "it is kept, but not as latest" in week.stderr
+    assert re.search(r"note +the corpus drifted: held_out_token_js = 0\.\d+ nats against v1", week.stdout)
+    assert re.search(r"note +not judged: after\.ece .*other held-out sequences", week.stdout)
+    assert done.latest() == latest
+    assert done.model("v3").joinpath("model.safetensors").exists()
+    assert "misses 1 bound(s)" in job.run("--version", "v3", command="status").stdout
 
 
 def test_a_finished_run_answers_without_its_sources_and_mends_what_is_cheap(done: Job, tmp_path: Path):

@@ -14,6 +14,7 @@ from distill_ray import train
 from distill_ray.config import Recipe
 from distill_ray.config.student import StudentSection
 from distill_ray.errors import StoppedError, UserError
+from distill_ray.ingest import batch_id
 from distill_ray.ingest.loader import PackLoader
 from distill_ray.lease import Lease, read_published
 from distill_ray.storage import Storage, open_storage
@@ -54,6 +55,14 @@ class Run:
         lines = self.history()
         assert [line["step"] for line in lines] == list(range(len(lines)))
         return [line["loss"] for line in lines]
+
+    def batch_ids(self) -> list[float]:
+        """What went into each step, as the workers counted it."""
+        return [line["batch_id"] for line in self.history()]
+
+    def planned_ids(self) -> list[int]:
+        plan = make_plan(self.recipe, self.manifest)
+        return [batch_id(ref for pack in plan.batch(step) for ref in pack) for step in range(plan.steps)]
 
     def student_folder(self, root: Path) -> Path:
         """The published student's folder; its key holds the lease's epoch."""
@@ -138,17 +147,19 @@ def stop_after_5(run: Run) -> None:
         run.train(stop, listener(stop), StopAfter5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_zero_stages_give_the_loss_curve_of_a_plain_float32_loop(
     root: Path, reference: list[float], stage: int
 ) -> None:
     run = new_run(root, f"zero{stage}", train={"zero_stage": stage})
     entry = run.train()
     assert run.losses() == pytest.approx(reference, rel=1e-5)
+    assert run.batch_ids() == run.planned_ids()
     assert entry["step"] == len(reference)
     assert entry == run.train(), "a published student is not trained again"
 
 
+@pytest.mark.long
 def test_stop_then_two_broken_checkpoints_fall_back_and_end_at_the_same_loss(
     root: Path, reference: list[float]
 ) -> None:
@@ -168,6 +179,7 @@ def test_stop_then_two_broken_checkpoints_fall_back_and_end_at_the_same_loss(
     assert "is missing" in seen.notes[0]
     assert "SHA-256" in seen.notes[1]
     assert run.losses() == pytest.approx(reference, rel=1e-5)
+    assert run.batch_ids() == run.planned_ids()
 
 
 @pytest.mark.long
@@ -186,6 +198,7 @@ def test_another_number_of_workers_goes_on_from_the_checkpoint_and_ends_at_the_s
     seen = listener()
     alone.train(progress=seen)
     assert alone.losses() == pytest.approx(reference, rel=1e-5)
+    assert alone.batch_ids() == run.planned_ids()
     assert [note for note in seen.notes if "saved by 2 workers; converted for any number" in note] == seen.notes[:1]
 
 
@@ -200,14 +213,18 @@ def test_killed_worker_restarts_from_the_checkpoint_and_ends_at_the_same_loss(
 
 
 def _a_group_started_after_publication_leaves_everything_as_it_is(run: Run, entry: dict[str, Any]) -> None:
-    before = {info.key: info.version for info in run.storage.list(run.recipe.run_prefix) if "lease" not in info.key}
+    def everything() -> dict[str, str]:
+        """But what every command leaves: its lease, and what it has spent."""
+        found = run.storage.list(run.recipe.run_prefix)
+        return {i.key: i.version for i in found if "lease" not in i.key and "/usage/" not in i.key}
+
+    before = everything()
     seen = listener()
     found = [None, entry]  # the driver is made to start a group, as Ray Train does when a worker dies at the very end
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "published_student", lambda *_: found.pop(0))
         assert run.train(progress=seen) == entry
-    after = {info.key: info.version for info in run.storage.list(run.recipe.run_prefix) if "lease" not in info.key}
-    assert after == before
+    assert everything() == before
     assert found == []
 
 
@@ -225,6 +242,7 @@ def test_a_cluster_without_room_for_the_workers_is_said_and_ends_the_run(
     assert set(threading.enumerate()) <= threads, "threads left behind"
 
 
+@pytest.mark.long
 def test_lora_trains_adapters_only_and_merges(root: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

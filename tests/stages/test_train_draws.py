@@ -15,9 +15,8 @@ FULL = {"draws": 50, "draws_temperature": 2.0}
 TAIL = {"draws": 12, "draws_from": "tail", "draws_temperature": 2.0}
 
 
-@pytest.mark.parametrize(
-    ("objective", "capture"), [("sampled", FULL), pytest.param("head_tail", TAIL, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("objective", "capture"), [("sampled", FULL), ("head_tail", TAIL)])
 def test_a_student_learns_from_drawn_tokens(tmp_path: Path, objective: str, capture: dict[str, Any]) -> None:
     run = new_run(
         tmp_path, capture=capture, loss={"objective": objective, "hard_label_weight": 0.0}, train={"epochs": 4}

@@ -137,7 +137,7 @@ TAIL = {"draws": 50, "draws_from": "tail", "draws_temperature": 2.0}
 @pytest.mark.parametrize(
     ("ranks", "how", "draws"),
     [
-        pytest.param(1, TIGHT, {"draws": 50}, id="all-preempted"),
+        pytest.param(1, TIGHT, {"draws": 50}, id="all-preempted", marks=pytest.mark.long),
         pytest.param(2, CHUNKED, TAIL, id="tail-tp2", marks=pytest.mark.slow),
     ],
 )

@@ -27,7 +27,7 @@ class FakeHead:
     tp_size: int = 1
 
     def __post_init__(self) -> None:
-        self.width, self.itemsize = self.table_NW.shape[1], self.table_NW.element_size()
+        self.width, self.dtype, self.device = self.table_NW.shape[1], self.table_NW.dtype, self.table_NW.device
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         return self.table_NW[hidden_RD[:, 0].long()].clone()

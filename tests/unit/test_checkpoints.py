@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from distill_ray import checkpoints
+from distill_ray.checkpoints.moving import at_once
 from distill_ray.errors import IntegrityError, LeaseLostError
 from distill_ray.lease import Lease, LeaseToken, read_published
-from distill_ray.storage import Storage, open_storage
+from distill_ray.storage import Storage, StorageError, open_storage
+from distill_ray.storage.local import LocalStorage
 
 RUN = "runs/tiny/v1"
 
@@ -132,6 +136,8 @@ def test_orphans_of_earlier_epochs_are_swept_and_work_in_flight_is_not(storage: 
     with Lease.acquire(storage, RUN) as lease:
         assert lease.token.epoch == 2
         storage.put(f"{RUN}/checkpoints/step-00000004/e0002/half", b"x")
+        for strange in ("README.txt", "step-00000004/README.txt"):  # a person's
+            storage.put(f"{RUN}/checkpoints/{strange}", b"x")
         checkpoints.prune(storage, lease.token, keep=2)
     assert storage.head(f"{RUN}/checkpoints/step-00000004/e0001/half") is None
     assert storage.head(f"{RUN}/checkpoints/step-00000004/e0002/half") is not None
@@ -178,3 +184,36 @@ def test_a_conversion_is_kept_with_its_checkpoint_reused_while_whole_and_dropped
     assert checkpoints.prune(storage, token, keep=1) == [2]
     assert not [key for key in read_published(storage, RUN) if key.startswith("universal/")]
     assert not [info.key for info in storage.list(f"{RUN}/checkpoints/step-00000002/")]
+
+
+class CountingStorage(LocalStorage):
+    """Downloads meet: each waits for another one to be under way."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
+        self.together = threading.Barrier(2, timeout=30)
+
+    def download(self, key: str, path: Path) -> None:
+        self.together.wait()
+        super().download(key, path)
+
+
+def test_files_are_restored_several_at_once(storage: Storage, token: LeaseToken, tmp_path: Path) -> None:
+    saved = save(storage, token, tmp_path, 2)
+    folder = checkpoints.restore(CountingStorage(tmp_path / "root"), saved, names(saved), tmp_path / "restored")
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names(saved))
+
+
+def test_after_the_first_failure_nothing_more_is_begun() -> None:
+    """Also where the one before it is still on its way."""
+    begun: list[int] = []
+
+    def act(item: int) -> None:
+        begun.append(item)
+        if item == 1:
+            raise StorageError("refused")
+        time.sleep(0.5)
+
+    with pytest.raises(StorageError, match="refused"):
+        at_once(act, range(100))
+    assert len(begun) < 20

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,9 +53,11 @@ def test_help_and_a_wrong_recipe_answer_in_under_a_second(wrong_recipe: Path):
     for arguments in (("--help",), ("check", str(wrong_recipe))):
         seconds = []
         for _ in range(3):
-            started = time.monotonic()
+            # Of the processor, which is the wall's on an idle machine: other tests run beside this one.
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             cli(*arguments)
-            seconds.append(time.monotonic() - started)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert min(seconds) < 1.0, (arguments, seconds)
 
 
@@ -65,6 +67,16 @@ def test_user_errors_are_one_message_and_exit_code_2(command: str, wrong_recipe:
     assert out.returncode == 2
     assert "Traceback" not in out.stderr
     assert "storage.rooot: unknown key" in out.stderr
+
+
+@pytest.mark.parametrize("command", ["submit", "logs", "stop"])
+def test_commands_of_a_cluster_check_the_recipe_first_and_need_an_address(command: str, wrong_recipe: Path):
+    arguments = (command, str(wrong_recipe), "--address", "http://127.0.0.1:9")
+    assert "storage.rooot: unknown key" in cli(*arguments).stderr
+    assert heavy_after(*arguments) == []
+    out = cli(command, str(wrong_recipe))
+    assert out.returncode == 2
+    assert "--address" in out.stderr
 
 
 def test_a_missing_recipe_names_the_shipped_ones():

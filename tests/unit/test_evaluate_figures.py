@@ -10,7 +10,7 @@ import pytest
 
 from distill_ray import evaluate
 from distill_ray.config import Recipe, fingerprint, identity_of, parse_recipe
-from distill_ray.evaluate.figures import dollars, rates, recipe_fields, run_identity, untimed_units
+from distill_ray.evaluate.figures import rates, recipe_fields, run_identity, untimed_units
 from distill_ray.report import SCHEMA_VERSION, model_card
 from distill_ray.schema import UnitSummary
 from distill_ray.targets import CaptureIdentity, ManifestUnit, RunManifest
@@ -54,20 +54,6 @@ def test_without_a_unit_of_known_seconds_the_teacher_has_no_rate(empty_seconds: 
     assert untimed_units(manifest) == 1
 
 
-def test_dollars_are_seconds_times_gpus_times_the_recipes_price() -> None:
-    entry = {
-        "teacher_of_command": {"actors": 2, "start_s": 600.0, "staging_s": 60.0, "busy_s": 6000.0, "idle_s": 600.0}
-    }
-    history = [{"step": 0, "seconds": 900.0}, {"step": 1, "seconds": 900.0}]
-    sections = {"teacher": {"tensor_parallel": 4}, "train": {"workers": {"min": 8, "max": 8}}}
-    prices = {"teacher_gpu_hour": 2.0, "student_gpu_hour": 3.0}
-    assert dollars(_recipe(**sections, cost=prices), entry, history) == {"teacher_of_command": 16.0, "train": 12.0}
-    assert dollars(_recipe(**sections), entry, history) == {}
-    assert dollars(_recipe(**sections, cost=prices), {}, []) == {"train": 0.0}, "another version wrote the record"
-    on_cpus = {"teacher": {"use_gpu": False}, "train": {"use_gpu": False}}
-    assert dollars(_recipe(**on_cpus, cost=prices), entry, history) == {}
-
-
 def _recipe_fingerprint(recipe: Recipe) -> str:
     return run_identity(recipe, _manifest(([3], 1.0)), "student").recipe
 
@@ -95,7 +81,10 @@ def test_a_report_of_another_layout_is_made_anew() -> None:
     recipe = _recipe()
     settings = json.loads(json.dumps(identity_of(recipe.evaluate)))
     entry = {"student": "s", "settings": settings, "require": {}, "schema_version": SCHEMA_VERSION}
+    entry["prices"] = recipe.cost.model_dump(mode="json")
     published = {"student": {"sha256": "s"}, "report": entry}
     assert evaluate.outdated(recipe, published) is None
+    dearer = recipe.model_copy(update={"cost": recipe.cost.model_copy(update={"teacher_gpu_hour": 3.0})})
+    assert evaluate.outdated(dearer, published) == "other prices of [cost]"
     del entry["schema_version"]
     assert evaluate.outdated(recipe, published) == "another version of the software wrote it"

@@ -22,7 +22,7 @@ from distill_ray.report import Baseline, failures, judge, model_card, render_htm
 from distill_ray.schema import UnitSummary
 from distill_ray.storage import open_storage
 from distill_ray.targets import CaptureIdentity, ManifestUnit, RunManifest
-from tests.unit.test_report import AUDIT, _report
+from tests.unit.test_report import AUDIT, PRICES, _report, cost_section
 
 BASE = {
     "name": "tiny",
@@ -66,7 +66,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[str]:
 
 
 def test_every_number_of_a_report_can_be_bounded():
-    report, _ = _report({}, AUDIT)
+    report, _ = _report({}, AUDIT, cost_section(**PRICES))
     skipped = ("schema_version", "recipe.", "kept_mass.")
     assert [key for key in _leaves(report) if key not in KEYS and not key.startswith(skipped)] == []
     from distill_ray.student.engine import StepResult

@@ -54,7 +54,8 @@ def passes_unplanted(copy: Path) -> Callable[[str], None]:
     return run
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+# A node's plants go to one process, which runs the node unplanted once.
+@pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.test)) for m in MUTANTS])
 def test_the_planted_trap_is_seen(mutant: Mutant, copy: Path, passes_unplanted: Callable[[str], None]):
     passes_unplanted(mutant.test)
     path = copy / mutant.file

@@ -7,10 +7,13 @@ import math
 import re
 from dataclasses import fields
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
 
+from distill_ray import cost
+from distill_ray.config import parse_recipe
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.report import (
     Evaluation,
@@ -147,7 +150,43 @@ AUDIT = {
 }
 
 
-def _report(require: dict[str, float], audit: dict | None = None) -> tuple[dict, list[dict[str, float]]]:
+def cost_section(problems: tuple[str, ...] = (), **prices: Any) -> dict[str, Any]:
+    """Of a run of one command on GPUs."""
+    recipe = parse_recipe(
+        {
+            "name": "triage",
+            "storage": {"root": "/root"},
+            "corpus": {"sources": ["a.jsonl"]},
+            "teacher": {"model": "/teacher", "tensor_parallel": 2},
+            "student": {"teacher_layers": [0]},
+            "cost": prices,
+        }
+    )
+    usages = [
+        cost.Usage("capture", 1, "GPU", 2, True, (cost.NodeUsage("h<1>00", 3, 720.0, 2520.0, 360.0, 9, 2_000_000),)),
+        cost.Usage("train", 1, "GPU", 1, True, (cost.NodeUsage("a100", 8, 0.0, 7200.0, 0.0, 40, 2400),)),
+    ]
+    stored, targets = cost.Stored(3_000_000_000, 10**9, 10**9), cost.TargetsTime(5400.0, 1)
+    return cost.account(recipe, usages, stored=stored, targets=targets, problems=problems)
+
+
+SERVING = {
+    "tokens_per_request": 2000,
+    "teacher_million_tokens": 1.0,
+    "student_million_tokens": 0.1,
+    "horizon_days": 7,
+}
+PRICES: dict[str, Any] = {
+    "teacher_gpu_hour": 3.0,
+    "student_gpu_hour": 2.0,
+    "storage_gb_month": 0.02,
+    "serving": SERVING,
+}
+
+
+def _report(
+    require: dict[str, float], audit: dict | None = None, costs: dict | None = None
+) -> tuple[dict, list[dict[str, float]]]:
     history = [
         {"step": s, "loss": 5 / s, "ce": 6 / s, "kl_t": 4 / s, "kl_t1": 4 / s, "tokens": 100, "seconds": 0.5}
         for s in range(1, 41)
@@ -167,6 +206,7 @@ def _report(require: dict[str, float], audit: dict | None = None) -> tuple[dict,
         history=history,
         require=require,
         audit=audit,
+        cost=costs,
     )
     return report, history
 
@@ -232,22 +272,60 @@ def test_report_html_says_which_rates_were_not_measured() -> None:
     assert 'Tokens/s, train</td><td class="number">not measured<' in page
 
 
-SPENT = {"actors": 3, "start_s": 1234.5, "staging_s": 1000.0, "busy_s": 9900.0, "idle_s": 100.0}
-
-
-def test_the_report_says_how_long_teachers_waited_and_what_was_paid() -> None:
-    report, history = _report({})
-    assert report["timings"]["teacher_of_command"] is None
-    assert report["timings"]["dollars"] == {}
-    assert "idle" not in render_html(report, history)
-    report["timings"] |= {"teacher_of_command": SPENT, "dollars": {"teacher_of_command": 1217.5, "train": 3.456}}
+def test_the_page_says_what_was_used_what_it_cost_and_when_it_has_paid() -> None:
+    report, history = _report({}, costs=cost_section(**PRICES))
+    assert json.loads(to_bytes(report))["cost"] == report["cost"]
     page = render_html(report, history)
-    for text in ("3 actor(s) of the last", "1,234.5 + 9,900.0 + 100.0 (1.0% idle)", ">1,217.50<", ">3.46<"):
+    for text in (
+        "<h2>Usage and cost</h2>",
+        "<td>h&lt;1&gt;00</td><td>GPUs, 3 process(es)</td>",
+        "720 s (20%)</td>",
+        "2,520 s (70%)</td>",
+        "360 s (10%)</td>",
+        "1.000</td>",  # GPU-hours
+        "$3.00</td>",
+        "$4.00</td>",
+        "One student, all stages</th><th class=number>$7.00</th>",
+        "million teacher tokens</td><td class=number>$1.5000</td>",
+        "3.000 GB</td>",
+        "dollars a month</td><td class=number>$0.10</td>",
+        "3.000, without 1 units whose time is not known",
+        "requests a day on, the student has paid for itself after 7 days",
+        "$1 a million tokens",
+    ):
         assert text in page, text
-    report["timings"]["teacher_of_command"] = SPENT | {"actors": 0, "busy_s": 0.0, "idle_s": 0.0}
-    assert "idle" not in render_html(report, history), "a command that found all captured"
-    del report["timings"]["teacher_of_command"], report["timings"]["dollars"]
-    assert "idle" not in render_html(report, history), "a report from before these figures"
+    assert page.count("<svg") == 4
+    tags = _Tags()
+    tags.feed(page)
+    assert not tags.fetched
+    assert len(tags.ids) == len(set(tags.ids))
+
+
+def test_a_page_without_prices_shows_no_dollar_and_says_what_is_missing() -> None:
+    report, history = _report({}, costs=cost_section())
+    page = render_html(report, history)
+    assert not re.search(r"\$\d", page)
+    assert "no price" in page
+    assert "not reckoned, since not stated or not known are the dollars of this run" in page
+    assert "cost.serving.tokens_per_request" in page
+    printed = render_table(report)
+    assert "used    3 GPU-hours in 1 command(s)" in printed
+    assert "$" not in printed
+    assert "pays" not in printed
+
+
+def test_the_last_lines_of_a_run_say_what_was_spent_and_when_it_has_paid() -> None:
+    report, _ = _report({}, costs=cost_section(**PRICES))
+    *_, used, pays = render_table(report).splitlines()
+    assert used == "used    3 GPU-hours in 1 command(s), $7.00"
+    # 7 $ and a week's storage of 0.10 $ a month, by 7 days of 0.0018 $ a request.
+    assert pays.startswith("pays    From 557 requests a day on")
+
+
+def test_usage_that_could_not_be_read_is_said() -> None:
+    report, history = _report({}, costs=cost_section(**PRICES, problems=("e0001-audit.json is damaged",)))
+    assert "Not in these figures: e0001-audit.json is damaged." in render_html(report, history)
+    assert "total" not in report["cost"]["dollars"]
 
 
 def test_report_html_before_any_training_step_leaves_the_loss_curve_out() -> None:

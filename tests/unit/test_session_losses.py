@@ -22,6 +22,7 @@ from ray.exceptions import (
 from distill_ray import session
 from distill_ray.audit.remote import RemoteAuditor, remote_auditor
 from distill_ray.capture.dataset import _own_error
+from distill_ray.config.cluster import ClusterSection
 from distill_ray.config.sections import TeacherSection
 from distill_ray.errors import DistillError, UserError
 from distill_ray.evaluate.scoring import score_remotely
@@ -69,7 +70,7 @@ def test_an_engine_that_raises_at_its_start_keeps_its_traceback_and_is_not_calle
     assert isinstance(found, DistillError)
     assert "a teacher could not be started" in str(found)
     assert "\n  line two" in str(found)
-    assert "memory" not in str(found)
+    assert "out of memory" not in str(found)
 
 
 def test_an_error_raised_inside_a_process_is_no_death() -> None:
@@ -79,16 +80,20 @@ def test_an_error_raised_inside_a_process_is_no_death() -> None:
     assert not is_death(bug)
 
 
-def _cluster(monkeypatch: pytest.MonkeyPatch, free: dict[str, float], nodes: int = 1) -> None:
+def _cluster(
+    monkeypatch: pytest.MonkeyPatch, free: dict[str, float], nodes: int = 1, labels: dict[str, str] | None = None
+) -> None:
+    names = [str(i) for i in range(nodes)]
+    there = {"CPU": 16.0 / nodes, "GPU": 8.0 / nodes}
+    nodes_of_ray = [{"NodeID": name, "Alive": True, "Labels": labels or {}, "Resources": there} for name in names]
     each = {name: n / nodes for name, n in free.items()}
-    monkeypatch.setattr(ray, "available_resources", lambda: free)
-    monkeypatch.setattr(state, "available_resources_per_node", lambda: dict.fromkeys(map(str, range(nodes)), each))
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 8.0})
+    monkeypatch.setattr(ray, "nodes", lambda: nodes_of_ray)
+    monkeypatch.setattr(state, "available_resources_per_node", lambda: dict.fromkeys(names, each))
 
 
 def test_a_full_cluster_is_said_once_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     _cluster(monkeypatch, {"CPU": 16.0})
-    monkeypatch.setattr(session, "_SAY_FULL_S", 0.3)
+    monkeypatch.setattr(session, "SAY_FULL_S", 0.3)
     said: list[str] = []
     note_full("a teacher", {"GPU": 2}, said.append, threading.Event())
     assert said == ["waiting for resources: a teacher needs 2 GPU; the cluster has 8 GPU (0 free)"]
@@ -96,10 +101,22 @@ def test_a_full_cluster_is_said_once_with_what_it_has(monkeypatch: pytest.Monkey
 
 def test_gpus_that_are_free_on_several_nodes_are_no_room_for_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     _cluster(monkeypatch, {"CPU": 16.0, "GPU": 2.0}, nodes=2)
-    monkeypatch.setattr(session, "_SAY_FULL_S", 0.1)
+    monkeypatch.setattr(session, "SAY_FULL_S", 0.1)
     said: list[str] = []
     note_full("a teacher", {"GPU": 2}, said.append, threading.Event())
     assert said == ["waiting for resources: a teacher needs 2 GPU; the cluster has 8 GPU (2 free)"]
+
+
+def test_gpus_of_nodes_with_another_label_are_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, {"CPU": 16.0, "GPU": 8.0}, labels={"distill-ray/role": "student"})
+    monkeypatch.setattr(session, "SAY_FULL_S", 0.1)
+    said: list[str] = []
+    note_full("a teacher", {"GPU": 2}, said.append, threading.Event(), {"distill-ray/role": "teacher"})
+    assert said == [
+        "waiting for resources: a teacher needs 2 GPU; the cluster has 0 GPU (0 free) on 0 node(s) labelled "
+        "distill-ray/role=teacher"
+    ]
+    note_full("evaluation", {"GPU": 1}, pytest.fail, threading.Event(), {"distill-ray/role": "student"})
 
 
 def test_the_clients_address_is_refused_with_what_to_do() -> None:
@@ -115,9 +132,10 @@ def test_evaluation_on_a_gpu_also_waits_for_its_cpu(monkeypatch: pytest.MonkeyPa
         raise _SaidError(text)  # before anything is started
 
     _cluster(monkeypatch, {"GPU": 8.0})
-    monkeypatch.setattr(session, "_SAY_FULL_S", 0.1)
+    monkeypatch.setattr(session, "SAY_FULL_S", 0.1)
     monkeypatch.setattr(ray, "remote", lambda _: pytest.fail("started without a word"))
-    job: Any = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(use_gpu=True)))
+    recipe = SimpleNamespace(train=SimpleNamespace(use_gpu=True), cluster=ClusterSection())
+    job: Any = SimpleNamespace(recipe=recipe)
     shown: Any = SimpleNamespace(note=say)
     with pytest.raises(_SaidError, match=r"evaluation needs 1 CPU and 1 GPU; the cluster has 16 CPU \(0 free\)"):
         score_remotely(job, shown, threading.Event())
@@ -148,7 +166,7 @@ def test_an_audits_teacher_that_raises_at_its_start_did_not_die(monkeypatch: pyt
     with pytest.raises(DistillError, match="the audit's teacher could not be started") as caught:
         _asked(monkeypatch, error).score("unit", (0,))
     assert "\n  line two" in str(caught.value)
-    assert "memory" not in str(caught.value)
+    assert "out of memory" not in str(caught.value)
 
 
 def test_an_audit_waits_for_room_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +177,9 @@ def test_an_audit_waits_for_room_with_a_word(monkeypatch: pytest.MonkeyPatch) ->
         raise _SaidError(text)  # before anything is started
 
     _cluster(monkeypatch, {"CPU": 16.0})
-    monkeypatch.setattr(session, "_SAY_FULL_S", 0.1)
+    monkeypatch.setattr(session, "SAY_FULL_S", 0.1)
     monkeypatch.setattr(ray, "remote", lambda _: pytest.fail("started without a word"))
-    recipe: Any = SimpleNamespace(teacher=TeacherSection(model="/teacher", tensor_parallel=2))
+    recipe: Any = SimpleNamespace(teacher=TeacherSection(model="/teacher", tensor_parallel=2), cluster=ClusterSection())
     nothing: Any = None
     with (
         pytest.raises(_SaidError, match="the audit's teacher needs 2 GPU"),
@@ -183,4 +201,4 @@ def test_a_stop_ends_the_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
     threading.Timer(0.3, stop.set).start()
     note_full("a teacher", {"GPU": 2}, said.append, stop)
     assert said == []
-    assert time.monotonic() - begun < session._SAY_FULL_S / 2
+    assert time.monotonic() - begun < session.SAY_FULL_S / 2

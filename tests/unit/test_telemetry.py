@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 
@@ -108,3 +109,16 @@ def test_a_terminal_shows_the_same_time_left():
     assert "2/4" in text
     assert "2:13:00" in text  # 7,980 bytes at one a second
     assert "rows_left 77" in text
+
+
+def test_a_narrow_terminal_still_shows_all_figures_and_the_time_left():
+    clock = Clock()
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    with Progress("train", 20_000, "steps", stream=stream, clock=clock) as bar:
+        bar.skip(12_340)
+        for clock.now in (10.0, 20.0):
+            bar.advance(1, loss=1.23456, kl_t1=0.98765, lr=2e-5, tokens_per_s=123456.7, mfu=0.41)
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", stream.getvalue()).rpartition("train ")[2]
+    for shown in ("12342/20000", "21:16:20", "loss 1.235", "tokens_per_s", "123,457", "mfu", "0.41"):
+        assert shown in last, last

@@ -20,6 +20,7 @@ from distill_ray.storage.local import LocalStorage
 from distill_ray.student import universal
 from distill_ray.train import restoring
 from distill_ray.train.result import HISTORY_FILE, to_lines
+from tests.ranks import spawn
 
 RUN = "runs/tiny/v1"
 
@@ -140,11 +141,10 @@ def _restore_beside_others(rank: int, tmp: str, token: LeaseToken) -> None:
     restoring.restore_newest(job, engine, "p")  # type: ignore[arg-type]
     assert engine.loaded == [(b"weights of step 3", True)]
     Path(tmp, f"downloads-{rank}").write_text(str(storage.downloads))
-    torch.distributed.destroy_process_group()
 
 
 def test_a_conversion_is_fetched_once_a_node(storage: Storage, token: LeaseToken, tmp_path: Path) -> None:
     files = len(_save(storage, token, tmp_path, 3).files)
-    torch.multiprocessing.spawn(_restore_beside_others, args=(str(tmp_path), token), nprocs=3)
+    spawn(_restore_beside_others, (str(tmp_path), token), 3)
     counts = [int((tmp_path / f"downloads-{rank}").read_text()) for rank in range(3)]
     assert counts == [2 * files, 0, files], "rank 0 also fetches what it converts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from distill_ray.storage import StorageError
 from distill_ray.train import scratch
-from distill_ray.train.scratch import Scratch
+from distill_ray.train.scratch import Scratch, writing_under
 
 _HOLD = """
 import sys, tempfile
@@ -67,3 +70,17 @@ def test_a_folder_that_was_just_made_may_not_be_locked_yet(tmp_path: Path, monke
     fresh.mkdir()
     with Scratch("save"):
         assert fresh.exists()
+
+
+def test_a_full_disk_is_told_with_numbers_whatever_its_writer_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError, match=r"disk full: cannot write .* bytes are free"), writing_under(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(RuntimeError, match="a bug"), writing_under(tmp_path):
+        raise RuntimeError("a bug")
+    monkeypatch.setattr(scratch, "free_bytes", lambda folder: 4096)
+    with pytest.raises(StorageError, match="disk full"), writing_under(tmp_path):
+        raise RuntimeError("unexpected pos 576 vs 534")  # as torch says it
+    with pytest.raises(StorageError, match="disk full"), writing_under(tmp_path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
