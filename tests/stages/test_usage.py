@@ -71,5 +71,5 @@ def test_a_node_is_named_by_its_group_and_whether_it_is_spot(market: str, named:
         "ray.init(address='local', num_cpus=1, include_dashboard=False, labels=labels, log_to_driver=False)\n"
         "print('named', ray.get(ray.remote(node_type).remote()))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert f"named {named}\n" in done.stdout, done.stderr

@@ -70,6 +70,7 @@ def test_rivals_take_turns():
         medians({}, 4)
 
 
+@pytest.mark.long
 def test_peak_memory_is_that_of_the_work_alone():
     held = bytearray(300 << 20)  # this process's own memory must not count
     small, large = peak_mib(take, 1), peak_mib(take, 201)
@@ -83,6 +84,7 @@ def test_a_process_apart_gives_back_its_result():
     assert 5 < peak < 2000
 
 
+@pytest.mark.long
 def test_a_failing_process_is_an_error():
     with pytest.raises(RuntimeError, match="fail failed"):
         peak_mib(fail)
@@ -169,6 +171,7 @@ def test_ratios_are_medians_of_each_rounds_own():
     assert capture.memory("m", {"worker": 1.0, "flat": 4.0})["capture.m_peak_vs_flat"] == 0.25
 
 
+@pytest.mark.long
 def test_an_engine_that_fails_shows_its_log(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)engine's process failed.*UserError.*no-model"):
         EngineProcess("worker", tmp_path / "no-model", tmp_path / "log")

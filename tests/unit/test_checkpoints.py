@@ -191,7 +191,7 @@ class CountingStorage(LocalStorage):
 
     def __init__(self, root: Path) -> None:
         super().__init__(str(root))
-        self.together = threading.Barrier(2, timeout=30)
+        self.together = threading.Barrier(2, timeout=120)
 
     def download(self, key: str, path: Path) -> None:
         self.together.wait()

@@ -1,9 +1,8 @@
-"""The command line answers fast, imports nothing heavy for it, and never shows a user a traceback."""
+"""The command line imports nothing heavy to answer, and never shows a user a traceback."""
 
 from __future__ import annotations
 
 import ast
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -47,18 +46,6 @@ def test_help_teaches():
 def test_help_and_a_wrong_recipe_import_nothing_heavy(wrong_recipe: Path):
     assert heavy_after("--help") == []
     assert heavy_after("check", str(wrong_recipe)) == []
-
-
-def test_help_and_a_wrong_recipe_answer_in_under_a_second(wrong_recipe: Path):
-    for arguments in (("--help",), ("check", str(wrong_recipe))):
-        seconds = []
-        for _ in range(3):
-            # Of the processor, which is the wall's on an idle machine: other tests run beside this one.
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            cli(*arguments)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert min(seconds) < 1.0, (arguments, seconds)
 
 
 @pytest.mark.parametrize("command", ["check", "run", "capture", "audit", "train", "evaluate", "export", "status", "gc"])

@@ -73,7 +73,7 @@ class Meeting:
     reached = threading.Event()
 
     def __reduce__(self) -> Any:
-        assert self.reached.wait(20), "the engine waits for a unit to be pickled"
+        assert self.reached.wait(120), "the engine waits for a unit to be pickled"
         return str, ()
 
 
@@ -112,8 +112,8 @@ def test_the_engine_has_the_next_unit_while_one_is_pickled(tmp_path: Path):
     teacher = Teacher(lambda: engine, str(tmp_path))
     with ThreadPoolExecutor(2) as calls:
         first, second = calls.submit(teacher, _unit()), calls.submit(teacher, _unit())
-        assert isinstance(from_row(first.result(30)), TaughtUnit)
-        second.result(30)
+        assert isinstance(from_row(first.result(120)), TaughtUnit)
+        second.result(120)
     assert engine.calls == 2
     assert len(engine.threads) == 1, "an engine keeps to one thread"
 

@@ -111,7 +111,7 @@ def test_the_pod_monitor_scrapes_all_pods_of_ray_clusters() -> None:
 
 
 def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
 
 
 @needs_promtool

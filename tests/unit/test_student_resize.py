@@ -113,7 +113,8 @@ def _far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return float(distance / size)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stopped_run_goes_on_as_if_never_stopped_at_any_number_of_workers(tmp_path: Path, stage: int):
     saved = SAVED[stage]
     losses, weights = _end(tmp_path, Leg(2, stage, 0, STEPS, keep=False))

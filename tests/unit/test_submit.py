@@ -143,7 +143,7 @@ def test_two_submitters_at_once_make_one_job():
 
     def meet() -> None:  # neither has seen the other's job when it submits
         if len(client.jobs) == 0:
-            both.wait(10)
+            both.wait(120)
 
     client.on_list = meet
     found: list[Submitted] = []
@@ -151,7 +151,7 @@ def test_two_submitters_at_once_make_one_job():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert sorted(each.attached for each in found) == [False, True]
     assert [r["submission_id"] for r in client.requests] == [base_id(recipe())]
 

@@ -24,7 +24,7 @@ class Store:
         self.error: Exception | None = None
 
     def __call__(self, history: list[Line]) -> None:
-        assert self.may_go.wait(30)
+        assert self.may_go.wait(120)
         if self.error is not None:
             raise self.error
         self.stored.append(len(history))

@@ -33,7 +33,7 @@ class SlowStorage(LocalStorage):
         self.error: Exception | None = None
 
     def upload(self, path: Path, key: str) -> None:
-        assert self.may_go.wait(30)
+        assert self.may_go.wait(120)
         if self.error is not None:
             raise self.error
         super().upload(path, key)
@@ -101,7 +101,7 @@ def test_steps_go_on_while_a_checkpoint_is_stored_and_it_counts_once_it_is_whole
 def test_training_waits_for_no_disk_and_nothing_stays_on_it(storage: SlowStorage, token: LeaseToken) -> None:
     saver, may_write = Saver(storage, token), threading.Event()
     storage.may_go.set()
-    folder = _begin(saver, storage, token, 3, lambda: may_write.wait(30))
+    folder = _begin(saver, storage, token, 3, lambda: may_write.wait(120))
     assert saver.take() < 20
     assert not saver.arrived
     may_write.set()

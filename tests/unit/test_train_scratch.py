@@ -55,12 +55,12 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
         assert (used / "state.pt").exists()
         assert (left / "state.pt").exists()
     killed.send_signal(signal.SIGKILL)
-    killed.wait(30)
+    killed.wait(120)
     assert (left / "state.pt").exists()
     with Scratch("restore"):
         assert not left.exists()
         assert (used / "state.pt").exists()
-    living.communicate("", timeout=30)
+    living.communicate("", timeout=120)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,6 @@
 """The whole pipeline, again and again, under kills, lost nodes, drain notices and store faults at once.
 
-`SOAK_S` (default 360, at most 3,600) seconds of it; `make test-soak` takes 3,000. `SOAK_SEED` chooses other blows.
+`SOAK_S` (default 360, at most 3,600) seconds of it; `SOAK_SEED` chooses other blows.
 """
 
 from __future__ import annotations
