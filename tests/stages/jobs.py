@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distill_ray import cli, targets
 from distill_ray.lease import read_published
 from distill_ray.storage import open_storage
-from tests.assets import corpus_folder, tiny_teacher_folder
+from tests.assets import TINY_VOCAB, corpus_folder, tiny_llama_folder, tiny_teacher_folder
 from tests.stages.apart import apart, printing
 
 MARK = "DISTILL_RAY_TEST_MARK"
@@ -181,6 +183,31 @@ class Job:
                 sequence = stored.sequence(i)
                 found.append((unit.unit, i, sequence.tokens.tobytes(), sequence.packed_NB.tobytes()))
         return sorted(found)
+
+
+def started(stage: str) -> str:
+    """What standard error shows once a stage has begun."""
+    return f'"stage": "{stage}", "event": "start"'
+
+
+def wide_teacher() -> Path:
+    """128 wide, because vLLM's CPU attention takes no head of 16."""
+    return tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
+
+
+def assert_same_outcome(job: Job, calm: Job, *, relative: float) -> None:
+    """Same rows, none twice; one metrics line a step; same losses; same figures."""
+    rows, expected = ([row[:3] for row in run.rows()] for run in (job, calm))
+    assert rows == expected
+    assert len({(unit, i) for unit, i, _ in rows}) == len(rows)
+    assert [s for s, _ in job.losses()] == [s for s, _ in calm.losses()]
+    assert [v for _, v in job.losses()] == pytest.approx([v for _, v in calm.losses()], rel=relative)
+    assert job.report()["after"]["kl_t1"] == pytest.approx(calm.report()["after"]["kl_t1"], rel=relative)
+    latest, calm_latest = ([r.exported(), r.latest()["version"]] for r in (job, calm))
+    assert latest[1] == calm_latest[1] == "v1"
+    assert latest[0].keys() == calm_latest[0].keys()
+    # A doubled or half-written object would stand beside those of the calm run.
+    assert [p.name for p in job.unit_objects()] == [p.name for p in calm.unit_objects()]
 
 
 @dataclass(frozen=True)

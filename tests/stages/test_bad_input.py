@@ -185,6 +185,7 @@ def test_a_bit_flipped_target_file_is_refused_by_training_and_its_remedy_works(c
     assert targets.inspect(job.root + "/runs/tiny/v1", verify=True).problems == ()
 
 
+@pytest.mark.long
 def test_targets_of_another_teacher_are_refused(captured: Path, tmp_path: Path):
     job = copy_of(captured, tmp_path)
     other_teacher = tiny_llama_folder(vocab=512, seed=9)

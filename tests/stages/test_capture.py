@@ -197,6 +197,7 @@ class DyingTeacher(ShortTeacher):
         os._exit(1)
 
 
+@pytest.mark.long
 def test_a_teacher_that_always_dies_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     _write(tmp_path / "corpus", "a.jsonl", TEXTS)
     recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
@@ -241,6 +242,7 @@ def test_what_a_teacher_has_to_say_is_said_once(tmp_path: Path) -> None:
     assert notes == ["teacher: it makes its rows up"]
 
 
+@pytest.mark.long
 def test_a_pool_with_work_for_more_teachers_grows(tmp_path: Path) -> None:
     _write(tmp_path / "corpus", "a.jsonl", TEXTS * 400)
     recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", teacher={"replicas": {"min": 1, "max": 2}})
@@ -329,6 +331,7 @@ def test_a_source_that_changes_under_capture_is_the_users_error(tmp_path: Path) 
         list(stream)
 
 
+@pytest.mark.long
 def test_vllm_teaches_in_a_ray_data_actor(tmp_path: Path) -> None:
     _write(tmp_path / "corpus", "a.jsonl", TEXTS)
     vllm = {"model": str(smollm2_folder()), "engine": "vllm", "batch_tokens": 256}

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.assets import TINY_VOCAB, tiny_llama_folder
-from tests.stages.jobs import Job
+from tests.stages.jobs import Job, assert_same_outcome, started, wide_teacher
 
 pytestmark = [pytest.mark.kill, pytest.mark.timeout(1500), pytest.mark.usefixtures("cluster_address")]
 
@@ -20,14 +19,6 @@ PLAN = {  # seed → the stages in which one run is killed, in order
     11: ("capture", "capture", "train", "train", "evaluate", "export"),
     12: ("capture", "train", "train", "train", "evaluate", "export"),
 }
-
-
-def started(stage: str) -> str:
-    return f'"stage": "{stage}", "event": "start"'
-
-
-def wide_teacher() -> Path:
-    return tiny_llama_folder(vocab=TINY_VOCAB, hidden=128, heads=4)
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +125,3 @@ def test_a_driver_paused_past_its_lease_publishes_nothing(calm: Job, tmp_path: P
     changed = {p: d for p, d in after.items() if not p.exists() or p.read_bytes() != d}
     assert not changed
     assert_same_outcome(job, calm, relative=1e-5)
-
-
-def assert_same_outcome(job: Job, calm: Job, *, relative: float) -> None:
-    """Same rows, none twice; one metrics line a step; same losses; same figures."""
-    rows, expected = ([row[:3] for row in run.rows()] for run in (job, calm))
-    assert rows == expected
-    assert len({(unit, i) for unit, i, _ in rows}) == len(rows)
-    assert [s for s, _ in job.losses()] == [s for s, _ in calm.losses()]
-    assert [v for _, v in job.losses()] == pytest.approx([v for _, v in calm.losses()], rel=relative)
-    assert job.report()["after"]["kl_t1"] == pytest.approx(calm.report()["after"]["kl_t1"], rel=relative)
-    latest, calm_latest = ([r.exported(), r.latest()["version"]] for r in (job, calm))
-    assert latest[1] == calm_latest[1] == "v1"
-    assert latest[0].keys() == calm_latest[0].keys()
-    # A doubled or half-written object would stand beside those of the calm run.
-    assert [p.name for p in job.unit_objects()] == [p.name for p in calm.unit_objects()]

@@ -63,6 +63,7 @@ def awaited(there: Callable[[Samples], bool], **labels: str) -> Samples:
     return found
 
 
+@pytest.mark.long
 def test_every_declared_metric_is_exported_under_its_name() -> None:
     meters = Meters("declared", "v1", "train")
     for metric in METRICS.values():

@@ -228,6 +228,7 @@ def _a_group_started_after_publication_leaves_everything_as_it_is(run: Run, entr
     assert found == []
 
 
+@pytest.mark.long
 def test_a_cluster_without_room_for_the_workers_is_said_and_ends_the_run(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +296,7 @@ def test_bf16_recomputation_and_adapters_resume_bit_equal(
         assert whole.losses() == pytest.approx(reference, rel=rel)
 
 
+@pytest.mark.long
 def test_a_student_equal_to_its_teacher_has_kl_below_1e_3_at_every_position(root: Path) -> None:
     """Capture, codec, store, plan, packs, engine, loss and export: nothing on the way may move a token or a row."""
     import torch

@@ -63,7 +63,9 @@ def test_a_killed_capture_and_the_one_that_resumes_it_are_summed(tmp_path: Path)
     assert cost.hours_held(open_storage(job.root), load_recipe(job.recipe)) == 0
 
 
-@pytest.mark.parametrize(("market", "named"), [("on-demand", "h100"), ("spot", "h100/spot")])
+@pytest.mark.parametrize(
+    ("market", "named"), [("on-demand", "h100"), pytest.param("spot", "h100/spot", marks=pytest.mark.long)]
+)
 def test_a_node_is_named_by_its_group_and_whether_it_is_spot(market: str, named: str):
     code = (
         "import os; os.environ['RAY_AUTH_MODE'] = 'disabled'\nimport ray\nfrom distill_ray.cost import node_type\n"

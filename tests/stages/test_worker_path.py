@@ -72,6 +72,7 @@ def _both(folder: Path, tmp_path: Path, more: dict[str, Any], **changes: object)
     return worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED))
 
 
+@pytest.mark.long
 def test_worker_path_is_the_public_path(tmp_path: Path) -> None:
     _assert_same(*_both(smollm2_folder(), tmp_path, CHUNKED))
 
