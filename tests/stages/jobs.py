@@ -126,12 +126,16 @@ class Job:
         assert found == code, f"exit code {found}, not {code}:\n{process.stdout}\n{process.stderr}"
         return process
 
-    def call(self, *arguments: str, command: str = "run", code: int = 0) -> Called:
-        """The command line on the session's Ray cluster, in a process that has imported everything beforehand."""
+    def ask(self, *arguments: str, command: str = "run") -> tuple[int, Called]:
+        """Exit code and output of the command line on the session's cluster, in a process with all imports done."""
         out, err = self.folder / f"{uuid.uuid4().hex}.out", self.folder / f"{uuid.uuid4().hex}.err"
         argv = [command, str(self.recipe), *arguments, "--address", os.environ[SHARED_CLUSTER]]
         found = apart(printing, out, err, cli.main, argv)
-        called = Called(out.read_text("utf-8"), err.read_text("utf-8"))
+        return found, Called(out.read_text("utf-8"), err.read_text("utf-8"))
+
+    def call(self, *arguments: str, command: str = "run", code: int = 0) -> Called:
+        """What `ask` shows of a command that must end with exit code `code`."""
+        found, called = self.ask(*arguments, command=command)
         assert found == code, f"exit code {found}, not {code}:\n{called.stdout}\n{called.stderr}"
         return called
 

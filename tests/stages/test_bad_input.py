@@ -157,6 +157,7 @@ def copy_of(captured: Path, tmp_path: Path) -> Job:
     return Job(tmp_path, str(tmp_path / "root"))
 
 
+@pytest.mark.long
 def test_a_truncated_target_file_is_seen_and_only_its_unit_captured_again(captured: Path, tmp_path: Path):
     job = copy_of(captured, tmp_path)
     victim = job.unit_objects()[0]

@@ -229,19 +229,6 @@ def test_a_full_cluster_is_said_and_waited_for(tmp_path: Path, monkeypatch: pyte
     assert notes[0] == "waiting for resources: a teacher needs 1 CPU; the cluster has 4 CPU (0 free)"
 
 
-def test_what_a_teacher_has_to_say_is_said_once(tmp_path: Path) -> None:
-    _write(tmp_path / "corpus", "a.jsonl", TEXTS * 60)
-    notes: list[str] = []
-
-    class Listener(Progress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    manifest = _run(_recipe(tmp_path / "root", f"{tmp_path}/corpus/*"), ShortTeacher, Listener)
-    assert len(manifest.units) > 1
-    assert notes == ["teacher: it makes its rows up"]
-
-
 @pytest.mark.long
 def test_a_pool_with_work_for_more_teachers_grows(tmp_path: Path) -> None:
     _write(tmp_path / "corpus", "a.jsonl", TEXTS * 400)
@@ -253,11 +240,15 @@ def test_a_pool_with_work_for_more_teachers_grows(tmp_path: Path) -> None:
     assert spent["busy_s"] >= 1.5 * len(manifest.units) - 1e-3
 
 
-def test_progress_tells_the_time_left_by_bytes_and_the_teachers_hours(tmp_path: Path) -> None:
+def test_progress_tells_the_time_left_by_bytes_the_teachers_hours_and_once_what_it_has_to_say(tmp_path: Path) -> None:
     _write(tmp_path / "corpus", "a.jsonl", TEXTS * 200)
     lines: list[dict[str, Any]] = []
+    notes: list[str] = []
 
     class Listener(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
         def advance(self, count: int = 1, weight: float | None = None, **fields: Any) -> None:
             super().advance(count, weight, **fields)
             assert weight is not None
@@ -278,6 +269,7 @@ def test_progress_tells_the_time_left_by_bytes_and_the_teachers_hours(tmp_path: 
     assert 0 <= half["teacher_idle_share"] < 1
     assert lines[-1]["teacher_hours"] * 3600 >= 0.05 * len(lines) - 0.2
     assert lines[-1]["teacher_dollars"] == 0  # no GPU
+    assert notes == ["teacher: it makes its rows up"]
 
 
 def test_stop_keeps_and_indexes_what_is_finished(tmp_path: Path) -> None:

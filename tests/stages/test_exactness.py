@@ -82,12 +82,14 @@ def float32_rows(tmp_path_factory: pytest.TempPathFactory, sequences: list[np.nd
     return score(vllm_section(smollm2_folder()), K, sequences, tmp_path_factory.mktemp("float32"))
 
 
+@pytest.mark.long
 def test_vllm_float32_is_the_dense_reference(
     float32_rows: Scored, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
     _assert_exact(float32_rows, reference, sequences)
 
 
+@pytest.mark.long
 def test_a_student_equal_to_its_vllm_teacher_has_kl_below_1e_3_at_every_position(
     float32_rows: Scored, sequences: list[np.ndarray], tmp_path: Path
 ) -> None:

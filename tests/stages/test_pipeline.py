@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("cluster_address
 def done(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("done")
     job = Job(folder, str(folder / "root"))
-    job.run()
+    job.call()
     return job
 
 
@@ -198,9 +199,8 @@ def test_a_finished_run_answers_without_its_sources_and_mends_what_is_cheap(done
     assert "is published but missing" in copied.call().stdout
 
 
-@pytest.mark.parametrize(
-    ("stage", "number"), [("capture", signal.SIGTERM), pytest.param("train", signal.SIGINT, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("stage", "number"), [("capture", signal.SIGTERM), ("train", signal.SIGINT)])
 def test_a_signal_stops_cleanly_and_says_how_to_resume(stage: str, number: int, tmp_path: Path):
     job = Job(tmp_path, str(tmp_path / "root"), epochs=40 if stage == "train" else 1)
     process = job.start()
@@ -216,9 +216,9 @@ def test_a_signal_stops_cleanly_and_says_how_to_resume(stage: str, number: int, 
 
 def test_two_drivers_at_once_one_works_and_one_refuses(tmp_path: Path):
     job = Job(tmp_path, str(tmp_path / "root"), epochs=1)
-    first, second = job.start(command="capture"), job.start(command="capture")
-    codes = sorted([first.wait(300), second.wait(300)])
-    assert codes == [0, 2], first.stderr + second.stderr
-    refused = first if first.poll() == 2 else second
+    with ThreadPoolExecutor(2) as both:
+        found = list(both.map(lambda _: job.ask(command="capture"), range(2)))
+    (code, worked), (refusal, refused) = sorted(found, key=lambda each: each[0])
+    assert (code, refusal) == (0, 2), worked.stderr + refused.stderr
     assert "epoch" in refused.stderr
     assert "Traceback" not in refused.stderr
