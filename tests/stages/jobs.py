@@ -119,7 +119,7 @@ class Job:
         """The command in a process group of its own."""
         return Process([sys.executable, "-m", "distill_ray", command, str(self.recipe), *arguments])
 
-    def run(self, *arguments: str, command: str = "run", code: int = 0, timeout: float = 300) -> Process:
+    def run(self, *arguments: str, command: str = "run", code: int = 0, timeout: float = 1200) -> Process:
         """The command in processes of its own, Ray included, to its end, which must be exit code `code`."""
         process = self.start(*arguments, command=command)
         found = process.wait(timeout)
@@ -270,7 +270,7 @@ class Process:
             reader.join(60)
         return code
 
-    def wait_for(self, text: str, timeout: float = 180) -> bool:
+    def wait_for(self, text: str, timeout: float = 600) -> bool:
         """Until `text` stands on standard error; False when the process ends first."""
         deadline = time.monotonic() + timeout
         while text not in self.stderr:
@@ -296,7 +296,7 @@ class Process:
                 continue  # it ended meanwhile
         return found
 
-    def gone(self, timeout: float = 180) -> list[int]:
+    def gone(self, timeout: float = 300) -> list[int]:
         """Processes that are still there when the wait for all to go is over."""
         deadline = time.monotonic() + timeout
         while (left := self.members()) and time.monotonic() < deadline:

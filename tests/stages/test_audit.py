@@ -25,7 +25,7 @@ from distill_ray.targets.writer import _to_bytes as sealed
 from tests.assets import TINY_VOCAB, tiny_llama_folder
 from tests.stages.jobs import Job
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("cluster_address")]
+pytestmark = pytest.mark.usefixtures("cluster_address")
 
 Plant = Callable[[TargetRows, int], TargetRows]
 """Decoded rows and a row's number → the rows with that one wrong."""

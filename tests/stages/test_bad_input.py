@@ -16,7 +16,7 @@ from distill_ray.preflight import check
 from tests.assets import tiny_llama_folder, tiny_teacher_folder
 from tests.stages.jobs import Job
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("cluster_address")]
+pytestmark = pytest.mark.usefixtures("cluster_address")
 
 
 def refused(job: Job) -> str:

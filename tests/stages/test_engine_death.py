@@ -23,7 +23,7 @@ from distill_ray.teacher.vllm_engine import VllmEngine
 from tests.assets import TINY_VOCAB, tiny_llama_folder
 from tests.stages.test_capture import TEXTS, _entry, _recipe, _run, _write
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(1800), pytest.mark.usefixtures("ray_cluster")]
 
 KILLED_UNIT, KILLED_STEP = 3, 2
 """The worker dies before this step of this unit of its actor, counted from 1."""

@@ -12,7 +12,7 @@ import pytest
 
 from tests.stages.jobs import Job, assert_same_outcome, started, wide_teacher
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(1500), pytest.mark.usefixtures("cluster_address")]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(3600), pytest.mark.usefixtures("cluster_address")]
 
 STAGES = ("capture", "train", "evaluate", "export")
 PLAN = {  # seed → the stages in which one run is killed, in order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.jobs import Job, assert_same_outcome, started, write_documents
+from tests.stages.jobs import SHARED_CLUSTER, Job, assert_same_outcome, started, write_documents
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("cluster_address")]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("cluster_address")]
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +27,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def test_a_run_killed_while_it_captures_and_while_it_trains_ends_as_the_calm_one(done: Job, tmp_path: Path):
+    """The drivers alone die here, on a cluster that lives on; `make test-all SUITES=kill` kills all processes."""
     job = Job(tmp_path, str(tmp_path / "root"))
-    process = job.start()
+    process = job.start("--address", os.environ[SHARED_CLUSTER])
     while not job.unit_objects():
         assert process.poll() is None, process.stderr
         time.sleep(0.01)
     process.kill_all()
     stored = {p: p.stat().st_mtime_ns for p in job.unit_objects()}
     assert 0 < len(stored) < len(done.unit_objects()), "the kill must fall among the units"
-    process = job.start()
+    process = job.start("--address", os.environ[SHARED_CLUSTER])
     while "checkpoint/step-00000003" not in job.published():
         assert process.poll() is None, process.stderr
         time.sleep(0.05)

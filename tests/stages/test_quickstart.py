@@ -12,7 +12,7 @@ from distill_ray.storage import open_storage
 from tests.assets import REPO
 from tests.stages.jobs import Process
 
-pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(3600)]
 
 COMMAND = [sys.executable, str(REPO / "jobs" / "quickstart.py"), "--root"]
 

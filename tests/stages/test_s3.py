@@ -8,7 +8,7 @@ import pytest
 
 from tests.stages.jobs import Job, wide_teacher
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_vllm_teacher_is_audited_and_teaches_on_a_real_s3_server(tmp_path: Path, s3_uri: str):
