@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 
 import pytest
 
 from tests.s3server import S3Server
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ray runs its workers at niceness 15, where whatever else the machine does takes nearly all time from them."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
