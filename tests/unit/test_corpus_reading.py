@@ -4,7 +4,6 @@ import copy
 import gzip
 import hashlib
 import json
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -191,30 +190,6 @@ def test_windows_of_one_document_fall_on_one_side(tmp_path, tokenizer):
     sides = held_out(keys, 0.4)
     assert 0 < sides.sum() < len(sides)
     assert len(np.unique(np.stack([keys, sides.astype(np.uint64)]), axis=1).T) == len(np.unique(keys))
-
-
-def test_a_megabyte_on_one_line_takes_linear_work(tmp_path, tokenizer):
-    def calls(size):
-        """Functions called, the interpreter's own included; `tests.bench answers` has the seconds."""
-        count = 0
-
-        def called(frame, event, argument):
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        (tmp_path / "a.jsonl").write_bytes(lines([{"text": "lorem ipsum " * (size // 12)}, {"text": TEXTS[0]}]))
-        sys.setprofile(called)
-        try:
-            sequences, dead = read(section(tmp_path / "a.jsonl", window_overlap=4), tokenizer)
-        finally:
-            sys.setprofile(None)
-        assert not dead
-        supervised = sum(int(s.loss_mask.sum()) for s in sequences)
-        assert supervised > size // 4
-        return count
-
-    calls(10_000)  # what is done once
-    assert calls(1_000_000) < 9 * calls(125_000)
 
 
 def test_a_source_that_changed_since_planning_is_refused(tmp_path, tokenizer):
