@@ -8,6 +8,9 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+_ENDED = ("Z", "X")
+"""States of a process that waits for its parent alone."""
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -22,7 +25,8 @@ class Owner:
     pid_namespace: str
     """What `pid` is counted in. Empty where there is none."""
     started: str
-    """Start of the process in clock ticks since boot: a number of another process that took over the same pid."""
+    """Start of the process in clock ticks since boot: a number of another process that took over the same pid. Empty
+    where /proc does not tell."""
 
     def __str__(self) -> str:
         return f"host {self.host}, process {self.pid}"
@@ -47,7 +51,16 @@ def is_dead(owner: Owner) -> bool:
         return False
     if (owner.boot_id, owner.pid_namespace) != (_boot_id(), _pid_namespace()):
         return False
-    return _start_of(owner.pid) != owner.started
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # another user's, and alive
+    started = _start_of(owner.pid)
+    if started is None or not owner.started:
+        return False  # a /proc mounted with hidepid hides the processes of others
+    return started in _ENDED or started != owner.started
 
 
 def _boot_id() -> str:
@@ -65,11 +78,11 @@ def _pid_namespace() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None if it is gone or a zombie."""
+    """Start time of a process in clock ticks since boot, its state where it has ended; None: it cannot be read."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     # The command's name is in parentheses and may hold spaces and parentheses itself.
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else fields[19]
+    return fields[0] if fields[0] in _ENDED else fields[19]

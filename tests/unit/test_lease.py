@@ -29,6 +29,7 @@ from distill_ray.lease import (
     read_record,
     this_process,
 )
+from distill_ray.lease.owner import _start_of
 from distill_ray.storage import Storage, StorageError, open_storage
 from distill_ray.storage.local import LocalStorage
 
@@ -204,6 +205,29 @@ def test_death_is_known_of_this_boot_and_namespace_only() -> None:
     assert not is_dead(replace(gone, boot_id="another"))
     assert not is_dead(replace(gone, pid_namespace="pid:[1]"))
     assert not is_dead(replace(gone, boot_id=""))
+
+
+def test_a_live_process_is_not_dead_because_proc_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = this_process()
+    monkeypatch.setattr("distill_ray.lease.owner._start_of", lambda _: None)
+    hidden = this_process()
+    assert hidden.started == ""
+    assert not is_dead(me)
+    assert is_dead(replace(me, pid=2**22 + 1))
+    monkeypatch.undo()
+    assert not is_dead(hidden)
+
+
+def test_a_zombie_is_dead() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = replace(this_process(), pid=child.pid, started=_start_of(child.pid) or "")
+    assert owner.started.isdigit()
+    assert not is_dead(owner)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert is_dead(owner)
+    child.communicate()
+    assert is_dead(owner)
 
 
 def test_renewal_keeps_a_short_lease(local: Storage) -> None:
