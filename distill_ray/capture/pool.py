@@ -28,10 +28,16 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.2
 _READ_S = 1.0
-_ENV = {"RAY_DATA_CLUSTER_AUTOSCALER": "V2", "RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD": "inf"}
-"""Ray Data asks the autoscaler for nothing by itself. By default it would ask for nodes by the pipeline's speed,
-whatever is left to do, without the labels that teachers are pinned by, and to the very end, so that no node goes
-before."""
+_ENV = {
+    # Ray Data asks the autoscaler for nothing by itself. By default it would ask for nodes by the pipeline's speed,
+    # whatever is left to do, without the labels that teachers are pinned by, and to the very end, so that no node goes
+    # before.
+    "RAY_DATA_CLUSTER_AUTOSCALER": "V2",
+    "RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD": "inf",
+    # Until a busy head node has noticed that a teacher's process is gone, each attempt to reach it takes one of the
+    # unit's few retries (seen: all four for one death). This is the first wait between two, and each doubles it.
+    "RAY_task_actor_unavailable_retry_delay_base_ms": "5000",
+}
 TASK_CPUS = 0.25
 """CPUs that a reading or writing task asks for."""
 

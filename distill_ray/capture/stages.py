@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 EngineFactory = Callable[[], Engine]
 """Opens the engine in the process that calls it; picklable."""
 
+_AFTER_FAILED_START_S = 20.0
+"""Seconds that a teacher which could not start waits before it ends, and another starts in its place: the memory of a
+GPU comes back some seconds after the process that held it."""
 _WRITES = 20
 """Attempts at writing one object that another driver writes too."""
 
@@ -56,6 +60,8 @@ class TaughtUnit:
     rows: list[TargetRows]
     dead: list[DeadLetter]
     seconds: float
+    engine: str = ""
+    """What computed them, and its version."""
     notes: tuple[str, ...] = ()
     """What the user should know of the engine."""
     spent: ActorTime | None = None
@@ -102,7 +108,7 @@ def teach(engine: Engine, work: ReadUnit) -> TaughtUnit:
         else:
             kept.append(result[0])
             rows.append(result[1])
-    return TaughtUnit(work.unit, kept, rows, dead, seconds, engine.notes)
+    return TaughtUnit(work.unit, kept, rows, dead, seconds, engine.version, engine.notes)
 
 
 def _scored(engine: Engine, sequences: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:
@@ -130,7 +136,7 @@ def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> Un
     rows are the same within the engine's arithmetic, so it is used as it is.
     """
     data, summary = targets.encode_unit(
-        identity, taught.unit, taught.sequences, taught.rows, taught.dead, taught.seconds
+        identity, taught.unit, taught.sequences, taught.rows, taught.dead, taught.seconds, taught.engine
     )
     key = targets.unit_key(identity, taught.unit.hash)
     for _ in range(_WRITES):
@@ -176,6 +182,10 @@ class Teacher:
             self._watch.enter("idle")
         except DistillError as error:
             self._refused = error
+        except Exception:
+            traceback.print_exc()
+            time.sleep(_AFTER_FAILED_START_S)
+            raise
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self._refused is not None:

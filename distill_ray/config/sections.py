@@ -70,6 +70,9 @@ class TeacherSection(Section):
     """KV cache of vLLM's CPU build, GiB."""
     use_gpu: Placement[bool] = True
     """False: the CPU build of vLLM, or transformers on the CPU."""
+    public_path: Placement[bool] = False
+    """Where rows cannot be captured inside vLLM's workers (another version of vLLM): take them from its public path,
+    several times slower and without entropy, on GPUs too. On CPUs that is done, and said, without being asked for."""
 
     @property
     def gpus(self) -> int:

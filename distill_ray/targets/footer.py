@@ -29,6 +29,8 @@ class UnitInfo:
     entropy: bool
     """Whether the rows hold the teacher's entropy; the one column that objects of a capture may have or lack."""
     regions: tuple[Region, ...]
+    engine: str = ""
+    """What computed the rows, and its version; empty where the object is older than this field."""
 
 
 def open_footer(footer: bytes, window: Window, sealed: int, where: str) -> tuple[pq.ParquetFile, UnitInfo]:
@@ -80,6 +82,7 @@ def _info(metadata: dict[str, Any], file: pq.ParquetFile, sealed: int, where: st
         dead=tuple(DeadLetter(**d) for d in metadata["dead"]),
         entropy="entropy" in file.schema_arrow.names,
         regions=tuple(regions),
+        engine=metadata.get("engine", ""),
     )
 
 

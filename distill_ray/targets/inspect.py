@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from distill_ray.codec import row_bytes
@@ -57,6 +59,8 @@ class InspectReport:
     """Units with rows of which the index does not say; `verify` reads it from the objects."""
     verified: bool
     problems: tuple[str, ...]
+    engines: Mapping[str, int]
+    """What computed the rows, and of how many objects it was read: of one, or with `verify` of all."""
 
     @property
     def bytes_per_row(self) -> float | None:
@@ -71,6 +75,8 @@ class InspectReport:
             facts["teacher"] = json.dumps(dict(i.teacher), sort_keys=True)
             facts["tokenizer"] = f"{i.tokenizer}, vocabulary {i.vocab_size:,}"
             facts["kept"] = f"top {i.top_k}, temperatures {', '.join(map(str, i.temperatures))}, codec {i.codec}"
+        if self.engines:
+            facts["computed by"] = "; ".join(f"{e or 'not recorded'} ({n:,} read)" for e, n in self.engines.items())
         facts["units"] = f"{self.units:,}"
         facts["sequences"] = f"{self.sequences:,}"
         facts["rows"] = f"{self.rows:,}, {self.supervised:,} supervised"
@@ -151,6 +157,7 @@ class _Look:
         self._identity: CaptureIdentity | None = None
         self._summaries: list[UnitSummary] = []
         self._problems: list[str] = []
+        self._engines: Counter[str] = Counter()
 
     def run(self, prefix: str) -> None:
         """The units that a run's published manifest names."""
@@ -196,6 +203,7 @@ class _Look:
             self._problems.append(str(error))
             return
         self._identity = self._identity or read.identity
+        self._engines[read.info.engine] += 1
         self._summaries.append(read.summary())
 
     def _known(self, summary: UnitSummary, size: int | None) -> None:
@@ -222,6 +230,7 @@ class _Look:
             self._problems.append(str(error))
             return None
         self._identity = self._identity or opened.identity
+        self._engines[opened.info.engine] += 1
         return opened
 
     def report(self, uri: str, kind: str) -> InspectReport:
@@ -252,4 +261,5 @@ class _Look:
             entropy_unknown=sum(s.entropy is None for s in filled),
             verified=self._verify or kind == "unit",
             problems=tuple(self._problems),
+            engines=dict(sorted(self._engines.items())),
         )

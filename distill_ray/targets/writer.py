@@ -37,6 +37,7 @@ def encode_unit(
     rows: list[TargetRows],
     dead: list[DeadLetter],
     teacher_seconds: float,
+    engine: str = "",
 ) -> tuple[bytes, UnitSummary]:
     """Check, pack and lay out one unit.
 
@@ -47,6 +48,7 @@ def encode_unit(
         rows: the teacher's rows of each, N = n − 1; log tails at exactly the identity's extra temperatures.
         dead: documents and sequences of the unit that failed.
         teacher_seconds: goes to the summary only, so that the object does not depend on speed.
+        engine: what computed the rows, and its version; kept for those who look, no part of what the rows are.
 
     Returns:
         The object's bytes and what the index keeps of it.
@@ -72,7 +74,7 @@ def encode_unit(
             f"unit {unit.hash}: entropy given for some sequences only; the engine must give all or none"
         )
     entropy = any(s.entropy_N is not None for s in stored)
-    data = _to_bytes(identity, unit, stored, dead, kept_mass, entropy)
+    data = _to_bytes(identity, unit, stored, dead, kept_mass, entropy, engine)
     summary = UnitSummary(
         unit=unit.hash,
         lengths=np.array([len(s.tokens) for s in stored], np.int32),
@@ -129,6 +131,7 @@ def _to_bytes(
     dead: list[DeadLetter],
     kept_mass: float,
     entropy: bool,
+    engine: str = "",
 ) -> bytes:
     schema = arrow_schema(identity, with_entropy=entropy)
     sink = io.BytesIO()
@@ -144,7 +147,7 @@ def _to_bytes(
         with sink.getbuffer() as view:
             starts = [len(MAGIC), *ends[:-1]]
             groups = [[end, digest(view[start:end])] for start, end in zip(starts, ends, strict=False)]
-        metadata = _metadata(identity, unit, stored, dead, kept_mass) | {"row_groups": groups}
+        metadata = _metadata(identity, unit, stored, dead, kept_mass) | {"engine": engine, "row_groups": groups}
         text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
         writer.add_key_value_metadata({METADATA_KEY: text})
     data = sink.getvalue()

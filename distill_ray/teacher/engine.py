@@ -26,6 +26,11 @@ class Engine(Protocol):
     """What the user should know of how it works here, such as a slower path than wanted."""
 
     @property
+    def version(self) -> str:
+        """What computes the rows, as it is recorded with them: `vllm 0.32.0, inside its workers`."""
+        ...
+
+    @property
     def vocab_size(self) -> int:
         """V, the number of ids the softmax runs over."""
         ...

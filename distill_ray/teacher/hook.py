@@ -5,6 +5,9 @@ replaces the method by which that worker's model runner computes prompt log-prob
 once a step, on every tensor-parallel rank of the last pipeline stage, for the requests that ask for prompt
 log-probabilities; it returns nothing, so the front end has nothing to build.
 
+Nothing raised here leaves a worker as an exception: from an EngineCore in a process of its own it would arrive as a
+bare `Exception`, as does a call that a dead worker can no longer answer. Each method gives [what went wrong, result].
+
 Written from the source of vLLM 0.32: `v1/worker/gpu_model_runner.py` (V1, also the CPU's) and
 `v1/worker/gpu/model_runner.py` with `gpu/sample/prompt_logprob.py` (V2). The V1 hook is run by the tests, on CPUs. The
 V2 hook was not run on a GPU; its tests give it the runner's data structures. Pipeline stages other than the last only
@@ -14,7 +17,9 @@ answer the calls; an eager CPU build of vLLM 0.32 cannot run a second stage at a
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -33,9 +38,23 @@ _V1 = ["hidden_states", "num_scheduled_tokens"]
 _V2 = ["logits_fn", "hidden_states", "input_batch", "all_token_ids", "num_computed_tokens", "prompt_lens"]
 
 
+def _as_value(method: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """["", result] of the method, or [traceback, None]."""
+
+    @wraps(method)
+    def call(*args: Any) -> list[Any]:
+        try:
+            return ["", method(*args)]
+        except Exception:  # noqa: BLE001 - the front end raises it
+            return [traceback.format_exc(), None]
+
+    return call
+
+
 class CaptureWorker:
     """Methods added to a vLLM worker."""
 
+    @_as_value
     @torch.inference_mode()
     def capture_install(
         self, top_k: int, temperatures: list[float], vocab_size: int, draws: list[Any] | None = None
@@ -58,14 +77,16 @@ class CaptureWorker:
         if not get_pp_group().is_last_rank:
             return ""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        keep = get_tp_group().is_first_rank
-        store = RowStore()
+        group = get_tp_group()
+        keep, store = group.is_first_rank, RowStore()
         try:
             config = runner.model_config
             head = ShardHead(runner.model, vocab_size, config.get_hidden_size(), config.dtype, runner.device)
             drawn = None if draws is None else DrawSpec(*draws)
-            reducer = TileReducer(head, get_tp_group(), top_k, tuple(temperatures), drawn)
-            install(runner, _taker(reducer, store if keep else None, drawn is not None))
+            reducer = TileReducer(head, group, top_k, tuple(temperatures), drawn)
+            # A rank that gave up its step would leave the others waiting for its part: there the engine has to end.
+            fail = store.fail if group.world_size == 1 else None
+            install(runner, _taker(reducer, store if keep else None, drawn is not None), fail)
         except (UnknownEngineError, AttributeError, ImportError) as error:
             if not _is_engines(error):
                 raise
@@ -73,10 +94,12 @@ class CaptureWorker:
         self._capture_store = store if keep else None
         return ""
 
+    @_as_value
     def capture_fetch(self, requests: list[str]) -> bytes:
         """Words of finished requests, in the order of the names; nothing from a worker that keeps none."""
         return b"" if self._capture_store is None else self._capture_store.pop(requests)
 
+    @_as_value
     def capture_recomputed(self) -> int:
         """Fetched rows that vLLM computed more than once, because it had preempted their prompts."""
         return 0 if self._capture_store is None else self._capture_store.recomputed
@@ -92,8 +115,13 @@ def _is_engines(error: UnknownEngineError | AttributeError | ImportError) -> boo
     return owner.partition(".")[0] == "vllm"
 
 
-def install(runner: Any, take: Take) -> None:
+def install(runner: Any, take: Take, fail: Callable[[str], None] | None = None) -> None:
     """Hook into a V1 or V2 model runner.
+
+    Args:
+        runner: the worker's.
+        take: keeps a step's rows.
+        fail: told what the hook raised in a step, and the engine goes on; None: it ends with that.
 
     Raises:
         UnknownEngineError: neither, or its method takes other arguments.
@@ -102,11 +130,11 @@ def install(runner: Any, take: Take) -> None:
     if worker is not None:
         _expect(worker, "compute_prompt_logprobs", _V2)
         _expect_attributes(worker, ("uses_prompt_logprobs",))
-        worker.compute_prompt_logprobs = _hook_v2(worker, take)
+        worker.compute_prompt_logprobs = _telling(_hook_v2(worker, take), fail)
     else:
         _expect(runner, "_get_prompt_logprobs_dict", _V1)
         _expect_attributes(runner, ("num_prompt_logprobs", "requests", "query_start_loc", "input_batch"))
-        runner._get_prompt_logprobs_dict = _hook_v1(runner, take)
+        runner._get_prompt_logprobs_dict = _telling(_hook_v1(runner, take), fail)
 
 
 def _expect(owner: Any, method: str, parameters: list[str]) -> None:
@@ -129,6 +157,19 @@ def _taker(reducer: TileReducer, store: RowStore | None, draws: bool) -> Take:
             store.add(spans, words)
 
     return take
+
+
+def _telling(hook: Callable[..., dict[str, Any]], fail: Callable[[str], None] | None) -> Callable[..., dict[str, Any]]:
+    def capture(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:
+            if fail is None:
+                raise
+            fail(traceback.format_exc())
+            return {}
+
+    return capture
 
 
 def _hook_v1(runner: Any, take: Take) -> Callable[..., dict[str, Any]]:

@@ -26,6 +26,11 @@ class RowStore:
         self._waiting: dict[str, _Waiting] = {}
         self.recomputed = 0
         """Rows that came more than once: what preemption wasted."""
+        self._failure = ""
+
+    def fail(self, failure: str) -> None:
+        """A step's rows could not be taken: whatever is fetched from now on is refused for that."""
+        self._failure = self._failure or failure
 
     def add(self, spans: list[Span], words_RW: torch.Tensor) -> None:
         """Keep one step's rows, given in the spans' order. The copy to the host does not wait for the device."""
@@ -47,7 +52,10 @@ class RowStore:
 
         Raises:
             KeyError: a row of them was never computed.
+            RuntimeError: rows of a step could not be taken.
         """
+        if self._failure:
+            raise RuntimeError(self._failure)
         taken = [(name, self._waiting.pop(name)) for name in requests]
         self.recomputed += sum(len(piece) for _, w in taken for _, piece in w.pieces) - sum(w.total for _, w in taken)
         return b"".join(piece.data for name, waiting in taken for piece in _in_order(name, waiting))

@@ -118,7 +118,11 @@ class TileReducer:
         """Sum over the ranks. Gathered: not every device's all-reduce takes integers."""
         if self._head.tp_size == 1:
             return words
-        return self._group.all_gather(words[None], dim=0).sum(0, dtype=torch.int32)
+        return self._of_ranks(words).sum(0, dtype=torch.int32)
+
+    def _of_ranks(self, words: torch.Tensor) -> torch.Tensor:
+        """[ranks, …] int32 of every rank. They travel as float32: vLLM's shared memory on CPUs gathers no integers."""
+        return self._group.all_gather(words[None].view(torch.float32), dim=0).view(torch.int32)
 
     def _actual_logit(self, logits_RW: torch.Tensor, actual_R: torch.Tensor) -> torch.Tensor:
         """[R] float32 logit of the actual next token, from the rank that holds it."""
@@ -135,5 +139,5 @@ class TileReducer:
     def _gathered(self, shards: list[ShardRows]) -> list[ShardRows]:
         """The shards of all ranks, in ascending order of ids: all base vocabularies, then all added ones."""
         own = torch.stack([to_words(s) for s in shards])
-        parts = self._group.all_gather(own[None], dim=0)
+        parts = self._of_ranks(own)
         return [from_words(parts[rank, i], self._top_k) for i in range(len(shards)) for rank in range(len(parts))]

@@ -39,8 +39,9 @@ class TransformersEngine:
     def __init__(
         self, section: TeacherSection, capture: CaptureSection, window_tokens: int, folder: Path, vocab_size: int
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
+        self.version = f"transformers {__version__}"
         if section.quantization is not None:
             raise UserError(
                 f'teacher.quantization={section.quantization!r} is vLLM\'s; use teacher.engine = "vllm" or drop it'

@@ -35,7 +35,7 @@ from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environ
 from distill_ray.teacher.wire import row_words, rows_from_words
 
 T = TypeVar("T")
-_REFUSALS = (DistillError, KeyError, ValueError)
+_REFUSALS = (DistillError, ValueError)
 _WAVES_IN_FLIGHT = 4
 """Scheduler steps' worth of tokens queued at once: enough to keep the engine busy, and it bounds the Python lists of
 the finished requests, which take over 100 bytes an entry."""
@@ -72,7 +72,7 @@ class VllmEngine:
     ) -> None:
         self.notes: tuple[str, ...] = ()
         if path == "flat":
-            _may_fall_back(path, None, capture)
+            _may_fall_back(path, None, section, capture)
         set_process_environment(section)
         self._top_k, self._window, self._vocab = capture.top_k, window_tokens, vocab_size
         self._temperatures, self._draws = capture.extra_temperatures, DrawSpec.of(capture)
@@ -91,9 +91,15 @@ class VllmEngine:
                 return
             # Opened anew: the public path bounds the rows of a prompt's chunk, which the worker path need not.
             self.close()
-        self.notes = _may_fall_back(path, unknown, capture)
+        self.notes = _may_fall_back(path, unknown, section, capture)
         self._open(arguments(in_worker=False) | dict(more), in_worker=False)
         self.path = "flat"
+
+    @property
+    def version(self) -> str:
+        import vllm
+
+        return f"vllm {vllm.__version__}, {'inside its workers' if self.path == 'worker' else 'public path'}"
 
     @property
     def vocab_size(self) -> int:
@@ -102,7 +108,7 @@ class VllmEngine:
     @property
     def recomputed_rows(self) -> int:
         """Rows that vLLM computed more than once after preemptions; many of them ask for a greater KV cache."""
-        return sum(self._engine.collective_rpc("capture_recomputed")) if self.path == "worker" else 0
+        return sum(self._ask("capture_recomputed")) if self.path == "worker" else 0
 
     def _open(self, arguments: dict[str, Any], in_worker: bool) -> None:
         from vllm import EngineArgs, LLMEngine, SamplingParams
@@ -121,9 +127,23 @@ class VllmEngine:
 
     def _install(self) -> str | None:
         draws = None if self._draws is None else list(astuple(self._draws))
-        arguments = (self._top_k, list(self._temperatures), self._vocab, draws)
-        answers = self._engine.collective_rpc("capture_install", args=arguments)
-        return next((reason for reason in answers if reason), None)
+        reasons = self._ask("capture_install", self._top_k, list(self._temperatures), self._vocab, draws)
+        return next(filter(None, reasons), None)
+
+    def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        """What a method of `CaptureWorker` gives in each worker.
+
+        Raises DistillError: it failed in one. The engine lives, and would fail again.
+        """
+        answers = self._or_die(partial(self._engine.collective_rpc, method, args=arguments))
+        if failure := next((failure for failure, _ in answers if failure), None):
+            print(failure, file=sys.stderr, flush=True)
+            raise DistillError(
+                f"{method} failed inside vLLM's worker: {failure.strip().splitlines()[-1]}. Use the vLLM version of "
+                "the project's lock file; where memory ran out, lower teacher.batch_tokens or "
+                "teacher.gpu_memory_share. The traceback is in the log of the teacher's process"
+            )
+        return [result for _, result in answers]
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
         results: list[TargetRows | str | None] = [refusal(s, self._vocab, self._window) for s in sequences]
@@ -179,8 +199,7 @@ class VllmEngine:
     ) -> list[tuple[int, TargetRows | str]]:
         """All their rows in one call, as bytes."""
         names = [name for _, name in finished]
-        answers = self._or_die(partial(self._engine.collective_rpc, "capture_fetch", args=(names,)), _REFUSALS)
-        data = b"".join(answers)
+        data = b"".join(self._ask("capture_fetch", names))
         counts = [len(sequences[i]) - 1 for i, _ in finished]
         form = (self._top_k, self._temperatures, 0 if self._draws is None else self._draws.count)
         words = row_words(*form)
@@ -200,9 +219,8 @@ class VllmEngine:
         except refusals:
             raise  # a guard of ours or vLLM's refused this very request; the engine lives, and would refuse it again
         except Exception:  # noqa: BLE001
-            # EngineDeadError when the engine is a process of its own; RuntimeError("cancelled") and others when a
-            # worker of an engine in this process is gone. Either way its state is lost. An exception would fail the
-            # run for one unit; a dead process is replaced by the pool, which gives the unit to the next one.
+            # EngineDeadError, or a bare Exception where only a worker is gone yet: its state is lost. An exception
+            # would fail the run for one unit; a dead process is replaced by the pool, which gives the unit to the next.
             traceback.print_exc()
             print("teacher: vLLM's engine failed, so this process ends", file=sys.stderr, flush=True)
             os._exit(1)
@@ -231,15 +249,22 @@ def _unknown_version() -> str | None:
     return f"vLLM {vllm.__version__} is not one of {', '.join(KNOWN_VERSIONS)}"
 
 
-def _may_fall_back(path: CapturePath, unknown: str | None, capture: CaptureSection) -> tuple[str, ...]:
+def _may_fall_back(
+    path: CapturePath, unknown: str | None, section: TeacherSection, capture: CaptureSection
+) -> tuple[str, ...]:
     """What to tell the user when the public path is taken.
 
     Raises:
-        CannotCaptureError: it was excluded, or cannot give the temperatures or the draws.
+        CannotCaptureError: it was excluded, is slower than GPUs are paid for, or cannot give the temperatures or draws.
     """
     why = f" ({unknown})" if unknown else ""
     if path == "worker":
         raise CannotCaptureError(f"capture inside vLLM's workers cannot be had{why}; use the project's lock file")
+    if path == "auto" and section.use_gpu and not section.public_path:
+        raise CannotCaptureError(
+            f"capture inside vLLM's workers cannot be had{why}, and vLLM's public path is several times slower and "
+            "gives no entropy; use the vLLM version of the project's lock file, or set teacher.public_path = true"
+        )
     if capture.extra_temperatures:
         raise CannotCaptureError(
             f"capture.temperatures={list(capture.temperatures)}: no tail mass at T ≠ 1 by vLLM's public path{why}; "

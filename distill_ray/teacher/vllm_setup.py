@@ -65,14 +65,15 @@ def engine_arguments(
 
 
 def set_process_environment(section: TeacherSection) -> None:
-    """What vLLM reads from the environment when it is imported; called in the actor's own process, before that."""
+    """What vLLM reads from the environment when it is imported; called in the actor's own process, before that.
+
+    The scheduler (EngineCore) gets a process of its own, on CPUs too: what is tested is what runs on GPUs.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if section.use_gpu:
         return
-    # The scheduler then runs in this process beside the workers' own: one process and one import of vLLM less, and on
-    # CPUs the front end is never what the workers wait for.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(section.cpu_cache_gib)
     # Ray sets this from num_cpus, a share that serves placement only; vLLM binds its threads itself.
     os.environ.pop("OMP_NUM_THREADS", None)

@@ -106,7 +106,7 @@ class SimulatedTeacher:
     """An engine of a given speed: rows of a pool, made to speak of each sequence's own tokens."""
 
     vocab_size = VOCAB
-    notes = ()
+    version, notes = "simulated", ()
 
     def __init__(self, rate: float, log: Path) -> None:
         self._rate, self._log = rate, log

@@ -34,6 +34,7 @@ class ShortTeacher:
     """A teacher with made-up rows that refuses sequences of exactly `refused` tokens."""
 
     vocab_size = 512
+    version = "made up"
     notes = ("it makes its rows up",)
 
     def __init__(self, refused: int = -1, marker: Path | None = None, seconds: float = 0.0) -> None:

@@ -84,6 +84,7 @@ class Engine:
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds, self.calls, self.threads, self.inside = seconds, 0, set[int](), 0
+        self.version = "made up"
         self.notes: Any = ()
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:

@@ -203,7 +203,7 @@ def _rows(of: targets.CaptureIdentity, tokens: np.ndarray) -> TargetRows:
 class Writer:
     """Answers each prompt with two completions: one that ends, one that is cut (or dropped for the second prompt)."""
 
-    notes = ()
+    version, notes = "made up", ()
 
     def __init__(self, of: targets.CaptureIdentity) -> None:
         self._of = of

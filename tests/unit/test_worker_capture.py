@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill_ray.config.sections import CaptureSection
-from distill_ray.errors import IntegrityError
+from distill_ray.config.sections import CaptureSection, TeacherSection
+from distill_ray.errors import CannotCaptureError, DistillError, IntegrityError
 from distill_ray.teacher.head import UnknownEngineError
 from distill_ray.teacher.hook import CaptureWorker, install
 from distill_ray.teacher.seeds import row_keys
@@ -170,7 +170,7 @@ def _worker(monkeypatch: pytest.MonkeyPatch, model_runner: Any) -> CaptureWorker
     """A vLLM worker with this runner, alone in its groups."""
     from vllm.distributed import parallel_state
 
-    group = SimpleNamespace(is_last_rank=True, is_first_rank=True)
+    group = SimpleNamespace(is_last_rank=True, is_first_rank=True, world_size=1)
     monkeypatch.setattr(parallel_state, "get_pp_group", lambda: group)
     monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
     worker = CaptureWorker()
@@ -183,10 +183,28 @@ def test_a_name_that_the_engine_lacks_is_a_reason_and_a_mistake_of_ours_is_an_er
         pass
 
     Runner.__module__ = "vllm.v1.worker.gpu_model_runner"
-    reason = _worker(monkeypatch, Runner()).capture_install(4, [], 16)
-    assert reason == "AttributeError: 'Runner' object has no attribute 'model_config'"
-    with pytest.raises(AttributeError, match="'RunnerV1' object has no attribute 'model_config'"):
-        _worker(monkeypatch, RunnerV1()).capture_install(4, [], 16)
+    found = _worker(monkeypatch, Runner()).capture_install(4, [], 16)
+    assert found == ["", "AttributeError: 'Runner' object has no attribute 'model_config'"]
+    failure, reason = _worker(monkeypatch, RunnerV1()).capture_install(4, [], 16)
+    assert failure.endswith("AttributeError: 'RunnerV1' object has no attribute 'model_config'\n")
+    assert reason is None
+
+
+def test_what_the_hook_raises_in_a_step_comes_with_the_rows_unless_other_ranks_wait() -> None:
+    def take(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    runner, store, worker = RunnerV1(), RowStore(), CaptureWorker()
+    install(runner, take, store.fail)
+    assert runner.step({"a": 3, "b": 2}) == {}
+    worker._capture_store = store
+    failure, rows = worker.capture_fetch(["b"])
+    assert failure.strip().endswith("OutOfMemoryError: tried to allocate 2 GiB")
+    assert rows is None
+    runner = RunnerV1()
+    install(runner, take)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.step({"a": 3})
 
 
 def test_an_engine_that_fails_while_rows_are_fetched_ends_the_process_as_one_that_fails_in_a_step(
@@ -212,17 +230,19 @@ def test_an_engine_that_fails_while_rows_are_fetched_ends_the_process_as_one_tha
         assert "RuntimeError: cancelled" in capsys.readouterr().err
 
 
-def test_a_refusal_while_rows_are_fetched_is_raised_and_ends_no_process(monkeypatch: pytest.MonkeyPatch):
+def test_what_a_worker_could_not_do_ends_the_run_and_no_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     from distill_ray.teacher.vllm_engine import VllmEngine
 
-    def refuses(*_: Any, **__: Any) -> list[Any]:
-        raise KeyError("rows were never computed")
-
+    worker = CaptureWorker()
+    worker._capture_store = RowStore()
     monkeypatch.setattr("os._exit", lambda _: pytest.fail("ended the process"))
     engine = object.__new__(VllmEngine)
-    engine._engine = SimpleNamespace(collective_rpc=refuses)
-    with pytest.raises(KeyError, match="never computed"):
-        engine._fetch([], [])
+    engine._engine = SimpleNamespace(collective_rpc=lambda name, args: [["", b""], getattr(worker, name)(*args)])
+    with pytest.raises(DistillError, match=r"capture_fetch failed inside vLLM's worker: KeyError: 's0'\. Use .* lower"):
+        engine._fetch([(0, "s0")], [np.zeros(2, np.int32)])
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_why_the_public_path_is_taken_travels_with_every_unit():
@@ -230,9 +250,16 @@ def test_why_the_public_path_is_taken_travels_with_every_unit():
     from distill_ray.schema import SourceSlice, Unit
     from distill_ray.teacher.vllm_engine import _may_fall_back
 
-    notes = _may_fall_back("auto", "vLLM 9.9 is not one of 0.32", CaptureSection())
+    unknown, cpu = "vLLM 9.9 is not one of 0.32", TeacherSection(model="m", use_gpu=False)
+    notes = _may_fall_back("auto", unknown, cpu, CaptureSection())
     assert notes == ("vLLM's public path is used (vLLM 9.9 is not one of 0.32): several times slower, no entropy",)
-    assert _may_fall_back("flat", None, CaptureSection()) == ()
-    engine: Any = SimpleNamespace(notes=notes, score=lambda _: [])
+    assert _may_fall_back("flat", None, cpu, CaptureSection()) == ()
+    gpu = TeacherSection(model="m")
+    with pytest.raises(CannotCaptureError, match=r"9\.9 is not one of 0\.32.*set teacher\.public_path = true"):
+        _may_fall_back("auto", unknown, gpu, CaptureSection())
+    assert _may_fall_back("auto", unknown, gpu.model_copy(update={"public_path": True}), CaptureSection()) == notes
+    assert _may_fall_back("flat", None, gpu, CaptureSection()) == ()
+    engine: Any = SimpleNamespace(version="vllm 9.9", notes=notes, score=lambda _: [])
     unit = Unit("0" * 32, SourceSlice("a.txt", "0" * 64, "file", 0, 1), 1)
-    assert teach(engine, ReadUnit(unit, [], [])).notes == notes
+    taught = teach(engine, ReadUnit(unit, [], []))
+    assert (taught.notes, taught.engine) == (notes, "vllm 9.9")

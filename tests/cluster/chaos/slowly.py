@@ -48,7 +48,7 @@ class SlowEngine:
 
     def __init__(self, engine: Engine, seconds: float) -> None:
         self._engine, self._seconds = engine, seconds
-        self.vocab_size, self.notes = engine.vocab_size, engine.notes
+        self.vocab_size, self.version, self.notes = engine.vocab_size, engine.version, engine.notes
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
         time.sleep(self._seconds)
