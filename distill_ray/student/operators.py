@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from pathlib import Path
 
 from distill_ray.storage import user_cache
 from distill_ray.storage.atomic import locked
@@ -34,5 +35,8 @@ def load_cpu_operators() -> None:
         for guard in folder.glob("*/lock"):
             guard.unlink()
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        # Torch calls the first ninja on the PATH, and one of another version compiles anew what the last one built:
+        # some commands are given with the environment activated, others without.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         # Kept by DeepSpeed's builder: what asks for the operator later in this process does not look at the folder.
         ShareMemCommBuilder().load(verbose=False)
