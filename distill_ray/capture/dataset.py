@@ -96,8 +96,9 @@ def _pipeline(work: Work) -> ray.data.Dataset:
     tokenizer_ref = ray.put(work.tokenizer)
     as_is: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     with _unit_sized_blocks():
-        refs: list[Any] = [ray.put(block) for block in blocks(pending)]
-        units = ray.data.from_arrow_refs(refs)
+        # Not from_arrow(): each block is looked at in a task of its own there, which asks for a CPU, and for thousands
+        # of those an autoscaler brings every node that it may.
+        units = ray.data.from_blocks(list(blocks(pending)))
         return (
             units.map_batches(
                 partial(
