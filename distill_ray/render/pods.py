@@ -37,13 +37,12 @@ def image_of(recipe: Recipe, role: str) -> str:
     Raises:
         UserError: the recipe names none.
     """
-    # The driver converts checkpoints, for which it needs DeepSpeed: the student's environment.
-    image = nodes_of(recipe, role).image or (recipe.cluster.student.image if role == DRIVER_ROLE else None)
+    image = nodes_of(recipe, role).image
     if image is None:
-        key = "student" if role == DRIVER_ROLE else role
+        key = "head" if role == DRIVER_ROLE else role
         raise UserError(
             f"cluster.{key}.image is not stated, and there is no image to start from by default; build the images and "
-            f'name them, say [cluster.{key}] image = "…/distill-ray-{key}:0.1.0"'
+            f'name them, say [cluster.{key}] image = "…/distill-ray-{role}:0.1.0"'
         )
     return image
 

@@ -1,5 +1,4 @@
-# The student's nodes and the head, which converts checkpoints: DeepSpeed, no vLLM. Everything but the lock is as in
-# teacher.Dockerfile (a test compares).
+# The student's nodes: DeepSpeed, no vLLM. Everything but the lock is as in teacher.Dockerfile (a test compares).
 #   docker build -f infra/images/student.Dockerfile -t REPOSITORY:TAG .
 # torch brings CUDA 13.0 of its own; the base has the same, with the compiler that kernels made at run time want.
 ARG BASE=nvidia/cuda:13.0.3-devel-ubuntu22.04
@@ -24,8 +23,8 @@ RUN pip3 install --no-cache-dir "uv==${UV_VERSION}" \
     && uv venv --python "${PYTHON_VERSION}" /opt/venv
 
 # The lock is complete: nothing is resolved here. DeepSpeed comes as source, and builds no operator (CUDA's are not used).
-COPY requirements/student-gpu.txt /opt/distill-ray/requirements.txt
-RUN DS_BUILD_OPS=0 uv pip install --no-cache --no-deps --requirement /opt/distill-ray/requirements.txt
+COPY requirements/student-gpu.lock /opt/distill-ray/requirements.lock
+RUN DS_BUILD_OPS=0 uv pip install --no-cache --no-deps --require-hashes --requirement /opt/distill-ray/requirements.lock
 
 COPY pyproject.toml README.md LICENSE /opt/distill-ray/
 COPY distill_ray /opt/distill-ray/distill_ray

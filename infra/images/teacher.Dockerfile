@@ -23,8 +23,8 @@ RUN pip3 install --no-cache-dir "uv==${UV_VERSION}" \
     && uv venv --python "${PYTHON_VERSION}" /opt/venv
 
 # The lock is complete: nothing is resolved here. DeepSpeed comes as source, and builds no operator (CUDA's are not used).
-COPY requirements/teacher-gpu.txt /opt/distill-ray/requirements.txt
-RUN DS_BUILD_OPS=0 uv pip install --no-cache --no-deps --requirement /opt/distill-ray/requirements.txt
+COPY requirements/teacher-gpu.lock /opt/distill-ray/requirements.lock
+RUN DS_BUILD_OPS=0 uv pip install --no-cache --no-deps --require-hashes --requirement /opt/distill-ray/requirements.lock
 
 COPY pyproject.toml README.md LICENSE /opt/distill-ray/
 COPY distill_ray /opt/distill-ray/distill_ray

@@ -144,8 +144,8 @@ def _groups(plan: dict[str, Any]) -> Iterator[str]:
 
 def _images(plan: dict[str, Any]) -> Iterator[str]:
     repositories = resources(plan, "aws_ecr_repository")
-    if {each["name"] for each in repositories} != {"distill-ray/teacher", "distill-ray/student"}:
-        yield "repositories other than the two images'"
+    if {each["name"] for each in repositories} != {f"distill-ray/{role}" for role in ("driver", *GPU_ROLES)}:
+        yield "repositories other than the three images'"
     for each in repositories:
         if each["image_tag_mutability"] != "IMMUTABLE" or not each["image_scanning_configuration"][0]["scan_on_push"]:
             yield f"{each['name']}: tags move, or images are not scanned"

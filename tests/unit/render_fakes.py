@@ -10,6 +10,11 @@ from distill_ray.config import Recipe, parse_recipe
 TEXT = 'name = "demo"\n# the text itself is not read again here\n'
 
 
+def images(*roles: str, tag: int = 1) -> dict[str, Any]:
+    """Of `[cluster]`: what states the images of these roles; of all without one."""
+    return {role: {"image": f"{role}:{tag}"} for role in roles or ("head", "teacher", "student")}
+
+
 def recipe_of(version: str | None = "2026-W48", **sections: dict[str, Any]) -> Recipe:
     """A recipe with images and pinned roles, unless its sections say otherwise."""
     stated: dict[str, Any] = {
@@ -18,7 +23,7 @@ def recipe_of(version: str | None = "2026-W48", **sections: dict[str, Any]) -> R
         "teacher": {"model": "s3://bucket/teacher", "tensor_parallel": 2, "replicas": {"min": 1, "max": 6}},
         "student": {"model": "s3://bucket/student"},
         "train": {"workers": {"min": 16, "max": 16}},
-        "cluster": {"pin_by_label": True, "teacher": {"image": "t:1"}, "student": {"image": "s:1"}},
+        "cluster": {"pin_by_label": True} | images(),
     }
     merged = {name: stated.get(name, {}) | sections.get(name, {}) for name in stated | sections}
     name = merged.pop("name", {}).get("is", "demo")

@@ -18,7 +18,7 @@ from distill_ray.config.cluster import ROLE_LABEL
 from distill_ray.errors import UserError
 from distill_ray.submit.naming import base_id
 from tests.unit.kube_schema import cluster_of
-from tests.unit.render_fakes import of_kind, recipe_of, rendered
+from tests.unit.render_fakes import images, of_kind, recipe_of, rendered
 
 REPO = Path(__file__).parents[2]
 OBJECT_OF = {"rayjob": "RayJob", "raycronjob": "RayCronJob", "raycluster": "RayCluster"}
@@ -42,7 +42,7 @@ def gpus(group: dict[str, Any]) -> str | None:
 
 
 def cluster_section(**changes: Any) -> dict[str, Any]:
-    return {"cluster": {"pin_by_label": True, "teacher": {"image": "t:1"}, "student": {"image": "s:1"}} | changes}
+    return {"cluster": {"pin_by_label": True} | images() | changes}
 
 
 def avoids_spot(group: dict[str, Any]) -> bool:
@@ -118,10 +118,10 @@ def test_ray_s_own_autoscaler_reads_the_groups():
     assert types["headgroup"]["resources"]["GPU"] == 0
 
 
-def test_two_images_and_the_driver_has_the_student_s():
+def test_each_role_has_its_own_image():
     spec = cluster()
-    images = [pod(g)["containers"][0]["image"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
-    assert images == ["s:1", "t:1", "s:1"]
+    found = [pod(g)["containers"][0]["image"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    assert found == ["head:1", "teacher:1", "student:1"]
 
 
 @pytest.mark.parametrize("spot", [True, False])
@@ -257,9 +257,13 @@ def test_an_account_for_two_roles_is_refused():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"pin_by_label": True, "student": {"image": "s:1"}}, "cluster.teacher.image is not stated"),
-        ({"pin_by_label": True, "teacher": {"image": "t:1"}}, "cluster.student.image is not stated"),
-        ({"teacher": {"image": "t:1"}, "student": {"image": "s:1"}}, r"set \[cluster\] pin_by_label = true"),
+        (
+            {"pin_by_label": True, **images("teacher", "student")},
+            r"cluster.head.image is not stated.*distill-ray-driver:",
+        ),
+        ({"pin_by_label": True, **images("head", "student")}, "cluster.teacher.image is not stated"),
+        ({"pin_by_label": True, **images("head", "teacher")}, "cluster.student.image is not stated"),
+        (images(), r"set \[cluster\] pin_by_label = true"),
     ],
 )
 def test_what_is_missing_is_named(section: dict[str, Any], message: str):

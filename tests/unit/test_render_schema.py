@@ -31,7 +31,7 @@ FULL = {
     "secrets": ["s3"],
     "region": "eu-central-1",
     "endpoint_url": "http://s3.example.com",
-    "head": {"aws_role": "arn:aws:iam::123456789012:role/d", "node_selector": {"a": "b"}},
+    "head": {"image": "d:1", "aws_role": "arn:aws:iam::123456789012:role/d", "node_selector": {"a": "b"}},
     "teacher": {"image": "t:1", "gpu_product": "H100"},
     "student": {"image": "s:1", "spot": True},
 }

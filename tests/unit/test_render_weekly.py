@@ -20,7 +20,7 @@ from distill_ray.cli import _parser
 from distill_ray.config import iso_week
 from distill_ray.errors import DistillError, UserError
 from distill_ray.submit.naming import base_id
-from tests.unit.render_fakes import of_kind, recipe_of, rendered
+from tests.unit.render_fakes import images, of_kind, recipe_of, rendered
 
 WEEKS = [
     ("2026-11-22", "2026-W47"),
@@ -204,7 +204,7 @@ def test_the_second_firing_creates_and_changes_nothing(kubernetes: tuple[render.
         "/apis/ray.io/v1/namespaces/distill-ray/rayjobs/demo-2026-w48",
     ]
     before = json.dumps(handler.store, sort_keys=True)
-    other_image = {"pin_by_label": True, "teacher": {"image": "t:2"}, "student": {"image": "s:2"}}
+    other_image = {"pin_by_label": True} | images(tag=2)
     again = render.create(rendered("rayjob", recipe_of(cluster=other_image)), server)
     assert [line.rsplit(": ")[1] for line in again] == ["is there already, and left as it is"] * 2
     assert json.dumps(handler.store, sort_keys=True) == before

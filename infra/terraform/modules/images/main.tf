@@ -1,5 +1,5 @@
 resource "aws_ecr_repository" "image" {
-  for_each             = toset(["teacher", "student"])
+  for_each             = toset(["driver", "teacher", "student"])
   name                 = "${var.name}/${each.key}"
   image_tag_mutability = "IMMUTABLE"
 
