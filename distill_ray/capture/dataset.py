@@ -21,7 +21,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
 from distill_ray.capture.pool import TASK_CPUS, Work
-from distill_ray.capture.stages import Teacher, from_row, read, to_row, write
+from distill_ray.capture.stages import FAILED_STARTS, Teacher, from_row, not_started, read, to_row, write
 from distill_ray.config import Recipe
 from distill_ray.cost import ActorTime
 from distill_ray.errors import DistillError
@@ -38,8 +38,6 @@ _CALLS_PER_TEACHER = 2
 """Units that an actor has at a time: the engine has one, the other is unpickled before it or pickled after it."""
 _UNIT_RETRIES = 4
 """How often a unit may lose its teacher's process before the run fails: one that kills every engine must not loop."""
-_FAILED_STARTS = 3
-"""Teachers that fail to start one after the other, none starting meanwhile, before the run fails."""
 _UNITS_PER_TEACHER = 20
 """Units of full size (about 1 M tokens) that a teacher is started for, where the recipe's range leaves it open: a start
 takes minutes in which its GPUs do nothing, and 20 units are some half an hour of a 70B teacher."""
@@ -153,7 +151,7 @@ def _unit_sized_blocks() -> Iterator[None]:
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1
     context.raise_original_map_exception = True
-    context.max_consecutive_actor_init_deaths = _FAILED_STARTS - 1
+    context.max_consecutive_actor_init_deaths = FAILED_STARTS - 1
     # The pool grows by units given to an actor over its calls; Ray Data's threshold is for one call: at its own 1.75
     # this pool would never grow. It shrinks only once no unit waits: each teacher then goes as it is done. What starves
     # all of them for a moment, a store that does not answer, must not cost a start of each.
@@ -197,9 +195,7 @@ def _own_error(error: BaseException) -> BaseException:
             inner.args = (str(inner).partition("\nFailed to apply UDF transform")[0],)
             return inner
         if isinstance(inner, RayActorError) and inner.actor_init_failed:
-            return DistillError(
-                f"a teacher could not be started, {_FAILED_STARTS} times in a row; what is finished is kept. {inner}"
-            )
+            return not_started(str(inner))
         if inner and is_death(inner):
             # A task's retries are Ray's own affair; only a teacher's are ours to count.
             retries = f"{_UNIT_RETRIES} retries" if isinstance(inner, RayActorError) else "retries"

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 EngineFactory = Callable[[], Engine]
 """Opens the engine in the process that calls it; picklable."""
 
+FAILED_STARTS = 3
+"""Starts of a teacher that fail one after the other before the run does."""
 _AFTER_FAILED_START_S = 20.0
-"""Seconds that a teacher which could not start waits before it ends, and another starts in its place: the memory of a
-GPU comes back some seconds after the process that held it."""
+"""Seconds between two of them: the memory of a GPU comes back some seconds after the process that held it."""
 _WRITES = 20
 """Attempts at writing one object that another driver writes too."""
 
@@ -156,6 +157,13 @@ def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> Un
     raise StorageError(f"{storage.uri}/{key}: {_WRITES} writes in a row met another writer's; run again")
 
 
+def not_started(why: str) -> DistillError:
+    """What to tell the user of a teacher that cannot start."""
+    return DistillError(
+        f"a teacher could not be started, {FAILED_STARTS} times in a row; what is finished is kept. {why}"
+    )
+
+
 class Teacher:
     """The actor of the pool: one engine for its lifetime, one unit a call, and two calls at a time.
 
@@ -176,10 +184,15 @@ class Teacher:
         # Calls come from several threads; an engine may keep state of the thread that uses it, as CUDA does.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         try:
+            if died := self._beat.starting():
+                if died == FAILED_STARTS:
+                    raise not_started("Its process died each time: out of memory, or what its log on the node says")
+                time.sleep(_AFTER_FAILED_START_S)
             stage_folder(model)
             self._watch.enter("loading")
             self._engine = engine_factory()
             self._watch.enter("idle")
+            self._beat.ready()
         except DistillError as error:
             self._refused = error
         except Exception:

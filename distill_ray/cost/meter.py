@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,12 +65,22 @@ class Meter:
     ) -> None:
         self._storage, self._token, self._stage, self._holds, self._clock = storage, token, stage, holds, clock
         self._sum, self._stored_at = TimeSum(), -STORE_EVERY_S + clock()
+        self._starts: Counter[str] = Counter()
 
     def post(self, spent: ActorTime) -> None:
         """What a process has spent by now."""
         self._sum.add(spent)
         if self._clock() - self._stored_at >= STORE_EVERY_S:
             self._store(ended=False)  # what hinders it is told by `close`, unless a later write succeeds
+
+    def starting(self, actor: str) -> int:
+        """An actor of Ray begins to start: how often it has begun since it was last ready."""
+        self._starts[actor] += 1
+        return self._starts[actor]
+
+    def ready(self, actor: str) -> None:
+        """It has started."""
+        del self._starts[actor]
 
     def seconds(self) -> dict[str, float]:
         """Of every process that ever posted, by its name."""
@@ -145,6 +156,24 @@ class Beat:
             import ray
 
             ray.wait([self._meter.post.remote(self._watch.read())], timeout=_CLOSE_S)
+
+    def starting(self) -> int:
+        """How often this actor's process has died while it was starting, one time after the other; 0 without a meter.
+
+        Ray restarts such an actor for ever, and tells nobody.
+        """
+        if self._meter is None:
+            return 0
+        import ray
+
+        return ray.get(self._meter.starting.remote(ray.get_runtime_context().get_actor_id())) - 1
+
+    def ready(self) -> None:
+        """This actor has started."""
+        if self._meter is not None:
+            import ray
+
+            self._meter.ready.remote(ray.get_runtime_context().get_actor_id())
 
     def _keep(self) -> None:
         while not self._over.is_set():
