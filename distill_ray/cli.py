@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="find what is wrong with a recipe before money is spent")
     _recipe_arguments(check)
-    check.add_argument("--address", help="count the GPUs of this Ray cluster instead of this machine's")
+    check.add_argument("--address", help="Ray cluster whose nodes are counted and asked, instead of this machine")
     for name, text in _STAGE_HELP.items():
         command = commands.add_parser(name, help=text)
         _recipe_arguments(command)

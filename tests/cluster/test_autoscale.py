@@ -16,12 +16,12 @@ from distill_ray.config import Recipe
 from distill_ray.cost import hours_held
 from distill_ray.errors import BudgetSpentError
 from distill_ray.lease import Lease, read_published
-from distill_ray.preflight import _hardware
 from distill_ray.session import ray_session
 from distill_ray.storage import open_storage
 from tests.cluster.simulated import captured, recipe, teacher, write_sources
 from tests.cluster.watch import Watch, roles_of
 from tests.stages.apart import apart
+from tests.stages.cluster import counted
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
@@ -148,6 +148,6 @@ def test_a_budget_is_checked_while_teachers_hold_gpus_and_a_larger_one_goes_on(a
 
 
 def test_check_counts_what_an_autoscaler_may_bring(address: str, tmp_path: Path) -> None:
-    fact = apart(_hardware, _recipe(tmp_path), address).fact
+    fact = apart(counted, _recipe(tmp_path), address).fact
     assert "the autoscaler may add more" in fact
     assert "no node is labelled distill-ray/role=student now: one of the autoscaler's node types has to be" in fact

@@ -15,9 +15,9 @@ from ray._raylet import GcsClient
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
 from cluster import local_cluster
-from distill_ray.preflight import _hardware
 from tests.cluster.simulated import recipe
 from tests.stages.apart import apart
+from tests.stages.cluster import counted
 
 pytestmark = pytest.mark.cluster
 
@@ -45,7 +45,7 @@ def test_up_gives_labelled_nodes_and_down_ends_its_own_processes_alone(tmp_path:
             assert f"distill-ray run    my.toml --address {state['address']}" in up.stdout
             assert "export RAY_AUTH_MODE=disabled" in up.stdout
             assert _nodes(state["address"]) == [("", 0.0), ("student", 8.0), ("teacher", 8.0)]
-            fact = apart(_hardware, recipe(str(tmp_path / "root"), tmp_path, 4096), state["address"]).fact
+            fact = apart(counted, recipe(str(tmp_path / "root"), tmp_path, 4096), state["address"]).fact
             assert fact.startswith("16 GPU(s) and 12 CPU(s) on 3 node(s)")
             assert "autoscaler" not in fact
             again = _command(tmp_path, "up")

@@ -9,9 +9,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from distill_ray.config import Recipe
+from distill_ray.preflight import Finding
+from distill_ray.preflight.hardware import hardware
+from distill_ray.session import cluster_address, ray_session
 
 CPUS = 4
+
+
+def counted(recipe: Recipe, address: str | None) -> Finding:
+    """What `check` finds of the hardware at an address, by itself."""
+    where = cluster_address(address)
+    with ray_session(where) if where else nullcontext():
+        return hardware(recipe, where)
 
 
 @contextmanager
@@ -33,8 +45,6 @@ def private_cluster() -> Iterator[str]:
 def main() -> None:
     """Start Ray, print its address, and wait."""
     import ray
-
-    from distill_ray.session import ray_session
 
     sys.stdout, terminal = sys.stderr, sys.stdout  # Ray prints where the address goes
     with ray_session("local", num_cpus=CPUS):

@@ -17,7 +17,7 @@ from distill_ray.config import Recipe, identity_of, parse_recipe
 from distill_ray.cost import ActorTime, Meter
 from distill_ray.errors import BudgetSpentError, IntegrityError, UserError
 from distill_ray.lease import Lease
-from distill_ray.preflight import _Node, _Nodes
+from distill_ray.preflight.hardware import Node, Nodes
 from distill_ray.storage import Storage, open_storage
 from distill_ray.teacher import actor_resources
 from distill_ray.units import Units
@@ -76,13 +76,13 @@ def test_pinning_is_placement_and_selects_by_role():
 
 
 def test_a_label_that_no_node_has_is_said_unless_a_node_may_come():
-    nodes = [_Node(4, 0, {}), _Node(4, 8, {"distill-ray/role": "teacher"})]
+    nodes = [Node(4, 0, {}), Node(4, 8, {"distill-ray/role": "teacher"})]
     teacher, student = {"distill-ray/role": "teacher"}, {"distill-ray/role": "student"}
-    assert _Nodes(nodes, False).missing({}) == ""
-    assert _Nodes(nodes, False).missing(teacher) == ""
+    assert Nodes(nodes, False).missing({}) == ""
+    assert Nodes(nodes, False).missing(teacher) == ""
     with pytest.raises(UserError, match=r"none of the 2 node\(s\) is labelled distill-ray/role=student; start nodes"):
-        _Nodes(nodes, False).missing(student)
-    assert "no node is labelled distill-ray/role=student now" in _Nodes(nodes, True).missing(student)
+        Nodes(nodes, False).missing(student)
+    assert "no node is labelled distill-ray/role=student now" in Nodes(nodes, True).missing(student)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from distill_ray.config import parse_recipe
-from distill_ray.preflight import Finding, _batches
+from distill_ray.preflight import Finding
+from distill_ray.preflight.check import _batches
 from distill_ray.train.callbacks import Leave
 from distill_ray.train.preemption import LEFT
 

@@ -1,31 +1,23 @@
-"""`distill-ray check`: everything that can be known before money is spent."""
+"""The checks in their order, and those of batches and models."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from importlib.util import find_spec
+from contextlib import nullcontext
 from typing import Any
 
 from distill_ray import corpus
 from distill_ray.codec import MAX_VOCAB
 from distill_ray.config import Recipe
-from distill_ray.config.cluster import ROLE_LABEL, STUDENT_ROLE, TEACHER_ROLE
 from distill_ray.errors import UserError
 from distill_ray.ingest import check_mix
 from distill_ray.model_config import ModelShape, model_shape
+from distill_ray.preflight.finding import Finding
+from distill_ray.preflight.hardware import hardware
+from distill_ray.preflight.software import ask_groups, installed_here
 from distill_ray.report import check_require
-from distill_ray.session import cluster_address, is_autoscaled, live_nodes, private_cpus, ray_session
+from distill_ray.session import cluster_address, ray_session
 from distill_ray.storage import WEIGHT_FILES, check_access, glob_sources, is_weights, open_storage, stage_folder
 from distill_ray.teacher import resolve_dtype, writing_of
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked and found right."""
-
-    what: str
-    fact: str
 
 
 def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
@@ -33,7 +25,8 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
 
     Args:
         recipe: a parsed recipe; its own rules already hold.
-        address: of a running Ray cluster whose GPUs and CPUs are counted; None takes RAY_ADDRESS, else this machine.
+        address: of a running Ray cluster whose GPUs and CPUs are counted and whose nodes are asked what they have and
+            whether they reach the store; None takes RAY_ADDRESS, else this machine.
 
     Raises:
         UserError: the first thing that is wrong, with its numbers and the remedy.
@@ -43,8 +36,8 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
         raise UserError(
             "corpus.holdout=0 leaves nothing to evaluate the student on; hold out a share of the documents, say 0.01"
         )
-    findings = [_batches(recipe)]
-    findings.append(_installed(recipe))
+    where = cluster_address(address)
+    findings = [_batches(recipe), installed_here(recipe, alone=where is None)]
     check_access(recipe.storage.root)
     findings.append(Finding("storage", f"{recipe.storage.root} can be listed, written and deleted"))
     sources = {uri: info for pattern in recipe.corpus.sources for uri, info in glob_sources(pattern)}
@@ -56,8 +49,9 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
     opened = corpus.probe_sources(recipe.corpus, sources, recipe.capture.generate is not None)
     findings.append(Finding("corpus", f"{len(sources)} source(s), {total:,} bytes; {len(opened)} looked into"))
     findings += _models(recipe)
-    findings.append(_hardware(recipe, address))
-    return findings
+    with ray_session(where) if where else nullcontext():
+        findings.append(hardware(recipe, where))
+        return findings + (ask_groups(recipe) if where else [])
 
 
 def _batches(recipe: Recipe) -> Finding:
@@ -77,22 +71,6 @@ def _batches(recipe: Recipe) -> Finding:
         fact += f"; with {train.workers.min} to {train.workers.max} workers at most {idle[worst]:.0%} of them idle"
         fact += f", with {worst}" if idle[worst] else ""
     return Finding("batches", fact)
-
-
-def _installed(recipe: Recipe) -> Finding:
-    # What an environment of its own holds cannot be seen from here; its first process says what it lacks.
-    apart = recipe.cluster.environments
-    needed = {"transformers": "student"}
-    if not apart.student.runtime_env():
-        needed["deepspeed"] = "student"
-        if recipe.student.lora:
-            needed["peft"] = "student"
-    if "vllm" in (recipe.teacher.engine, recipe.audit.engine) and not apart.teacher.runtime_env():
-        needed["vllm"] = "teacher" if recipe.teacher.use_gpu else "teacher-cpu"
-    for package, extra in needed.items():
-        if find_spec(package) is None:
-            raise UserError(f"package {package} is not installed here; install distill-ray[{extra}]")
-    return Finding("packages", ", ".join(sorted(needed)))
 
 
 def _models(recipe: Recipe) -> list[Finding]:
@@ -191,96 +169,3 @@ def _student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
     if student.model is not None:
         corpus.same_tokenizer(tokenizer, corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code))
     return Finding("student", f"{shape.layers} layers, vocabulary {shape.vocab_size:,}")
-
-
-def _hardware(recipe: Recipe, address: str | None) -> Finding:
-    need = recipe.teacher.gpus
-    workers = recipe.train.workers
-    # An elastic group starts with what there is.
-    name, least = ("min", workers.min) if workers.min < workers.max else ("max", workers.max)
-    train = least if recipe.train.use_gpu else 0
-    where = cluster_address(address)
-    if where is None and recipe.cluster.pin_by_label:
-        raise UserError(
-            f"cluster.pin_by_label = true needs nodes labelled {ROLE_LABEL}={TEACHER_ROLE} and {STUDENT_ROLE}, which a "
-            "private cluster on this machine has not; give --address of a cluster, or leave it out"
-        )
-    if where is None and not need and not train:
-        return Finding("hardware", f"CPU only, as the recipe says; {os.cpu_count()} CPU(s) here")
-    found = _Nodes.of(where) if where else _Nodes([_Node(private_cpus(recipe), _local_gpus(), {})], False)
-    teachers, students = (found.having(recipe.cluster.selector(role)) for role in (TEACHER_ROLE, STUDENT_ROLE))
-    notes = [found.missing(recipe.cluster.selector(role)) for role in (TEACHER_ROLE, STUDENT_ROLE)]
-    have = [node.gpus for node in teachers if node.gpus]
-    # What is not there, an autoscaler may bring: its node types are nobody's to ask for.
-    if max(have, default=0) < need and not found.autoscaled:
-        raise UserError(
-            f"one teacher replica needs {need} GPU(s) on one node (tensor_parallel={recipe.teacher.tensor_parallel} × "
-            f"pipeline_parallel={recipe.teacher.pipeline_parallel}); nodes here have {have or [0]}; lower them, give "
-            "--address of a cluster, or set teacher.use_gpu = false"
-        )
-    gpus = sum(node.gpus for node in students)
-    if gpus < train and not found.autoscaled:
-        raise UserError(
-            f"train.workers.{name}={train} needs as many GPUs; {gpus} found; lower it, give --address of a "
-            "cluster, or set train.use_gpu = false"
-        )
-    cpus = sum(node.cpus for node in students)
-    if cpus < least and not found.autoscaled:
-        raise UserError(
-            f"train.workers.{name}={least} needs as many CPUs, one for each worker; the cluster at "
-            f"{where} has {cpus} on {len(students)} node(s); lower it or add nodes"
-        )
-    total, cpus = sum(node.gpus for node in found.nodes), sum(node.cpus for node in found.nodes)
-    more = "; the autoscaler may add more" if found.autoscaled else ""
-    fact = f"{total} GPU(s) and {cpus} CPU(s) on {len(found.nodes)} node(s){more}"
-    return Finding("hardware", "; ".join([fact, *filter(None, notes)]))
-
-
-@dataclass(frozen=True)
-class _Node:
-    cpus: int
-    gpus: int
-    labels: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Nodes:
-    """Live nodes of a cluster, and whether an autoscaler may add some."""
-
-    nodes: list[_Node]
-    autoscaled: bool
-
-    @classmethod
-    def of(cls, address: str) -> _Nodes:
-        """Those of a running cluster."""
-        with ray_session(address):
-            nodes = [
-                _Node(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)), node["Labels"])
-                for node in live_nodes()
-            ]
-            return cls(nodes, is_autoscaled())
-
-    def having(self, selector: dict[str, str]) -> list[_Node]:
-        """Those with these labels."""
-        return [node for node in self.nodes if selector.items() <= node.labels.items()]
-
-    def missing(self, selector: dict[str, str]) -> str:
-        """A sentence where no node has these labels now.
-
-        Raises UserError: and none can come.
-        """
-        if not selector or self.having(selector):
-            return ""
-        label = ", ".join(f"{key}={value}" for key, value in selector.items())
-        if self.autoscaled:
-            return f"no node is labelled {label} now: one of the autoscaler's node types has to be"
-        raise UserError(
-            f"cluster.pin_by_label = true, and none of the {len(self.nodes)} node(s) is labelled {label}; start nodes "
-            f"with `ray start --labels {label}`, or leave pin_by_label out"
-        )
-
-
-def _local_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
