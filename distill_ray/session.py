@@ -94,10 +94,12 @@ def is_autoscaled() -> bool:
     """
     import ray
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
-    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # pyright: ignore[reportAttributeAccessIssue]
 
-    state = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
-    return state.last_seen_autoscaler_state_version > 0 and any(n.ray_node_type_name for n in state.node_states)
+    found = GetClusterStatusReply.FromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status())
+    # What the nodes' own state says of the version last seen stays 0.
+    typed = any(node.ray_node_type_name for node in found.cluster_resource_state.node_states)
+    return typed and found.autoscaling_state.autoscaler_state_version > 0
 
 
 def describe_room(needed: Mapping[str, float], selector: Mapping[str, str] | None = None) -> str:
