@@ -37,10 +37,17 @@ class Head:
 
     def get(self, page: str) -> Any:
         """What the dashboard answers. (Ray's own client takes its token once a process, and this one has used Ray.)"""
+        return self._ask("GET", page).json()
+
+    def put(self, page: str, data: bytes) -> None:
+        """Sent to the dashboard, and taken."""
+        self._ask("PUT", page, data)
+
+    def _ask(self, method: str, page: str, data: bytes | None = None) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.token}"}
-        answer = requests.get(f"{self.address}{page}", headers=headers, timeout=30)
+        answer = requests.request(method, f"{self.address}{page}", headers=headers, data=data, timeout=30)
         answer.raise_for_status()
-        return answer.json()
+        return answer
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """Everything that the cluster tells of each job, by submission id."""

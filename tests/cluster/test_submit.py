@@ -107,19 +107,18 @@ def test_submit_attach_detach_stop_and_resume(cluster: Head, tmp_path: Path):
     assert said == ["attached", "submitted"]
     assert on.ids() == [on.base]
 
-    until(on.training)
+    # Between the first steps and the stop nothing else is done: training would be over before it.
     waiting = on.start("submit", "--wait")
-    until(lambda: '"stage": "train"' in waiting.stderr)
-    assert f"attached to {on.base}" in waiting.stdout
-    waiting.signal(signal.SIGINT)
-    ended(waiting, 130)
-    assert "the job goes on" in waiting.stderr
-    assert re.search(r"distill-ray stop .*--version v1 --address http", waiting.stderr)
     status = on.run("status").stdout
     assert f"{on.base} at {cluster.address}: RUNNING" in status
-
+    until(lambda: on.training() and '"stage": "train"' in waiting.stderr)
+    waiting.signal(signal.SIGINT)
     stopped = on.run("stop").stdout
     assert f"{on.base}: STOPPED" in stopped
+    ended(waiting, 130)
+    assert f"attached to {on.base}" in waiting.stdout
+    assert "the job goes on" in waiting.stderr
+    assert re.search(r"distill-ray stop .*--version v1 --address http", waiting.stderr)
     status = on.run("status").stdout
     assert "STOPPED" in status
     assert "lease     given back" in status, status  # it stopped by itself, and was not killed
@@ -158,7 +157,7 @@ def test_a_lost_driver_is_replaced_and_each_part_has_its_environment(cluster: He
         ]
     )
     on = OnCluster(
-        Job(tmp_path, str(tmp_path / "root"), epochs=40, edits={"[export]": sections} | version("lost")), cluster
+        Job(tmp_path, str(tmp_path / "root"), epochs=20, edits={"[export]": sections} | version("lost")), cluster
     )
     waiting = on.start("submit", "--wait")
     until(lambda: on.ids() and on.training())
@@ -205,8 +204,9 @@ def test_a_cluster_that_cannot_be_used_is_refused_before_anything_is_uploaded(
     small = OnCluster(Job(tmp_path / "small", str(tmp_path / "root"), edits=version("refused")), cluster)
     gpus = {"use_gpu = false\n[capture]": "tensor_parallel = 4\n[capture]"}
     large = OnCluster(Job(tmp_path / "large", str(tmp_path / "root"), edits=gpus | version("refused")), cluster)
-    packages = uploaded(cluster)
-    assert packages, "nothing is counted: no earlier test has uploaded, or the dashboard says it otherwise"
+    before = uploaded(cluster)
+    cluster.put("/api/packages/gcs/_ray_pkg_of_this_test.zip", b"none")
+    packages = until(lambda: (now := uploaded(cluster)) > before and now)  # what is sent is counted
 
     refused = large.run("submit", code=2).stderr
     assert "has 0 GPU(s) and 4 CPU(s) on 1 node(s)" in refused
