@@ -166,7 +166,8 @@ class Beat:
             return 0
         import ray
 
-        return ray.get(self._meter.starting.remote(ray.get_runtime_context().get_actor_id())) - 1
+        begun: Any = ray.get(self._meter.starting.remote(ray.get_runtime_context().get_actor_id()))
+        return begun - 1
 
     def ready(self) -> None:
         """This actor has started."""
