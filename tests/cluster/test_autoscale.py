@@ -126,12 +126,12 @@ def test_training_workers_and_teachers_keep_to_their_nodes(address: str, tmp_pat
 def test_a_budget_is_checked_while_teachers_hold_gpus_and_a_larger_one_goes_on(address: str, tmp_path: Path) -> None:
     log = tmp_path / "units.jsonl"
     count = write_sources(tmp_path / "data", UNIT_BYTES, 19)  # one teacher's worth
-    start_s = 5.0
-    # Eight GPUs for half a minute, five seconds of it to start; the whole takes 40 s after that.
-    limit = 8 * 30 / 3600
+    start_s, rate = 5.0, RATE / 2
+    # Eight GPUs for a minute, of which a busy machine takes half to start; the whole takes 80 s after that.
+    limit = 8 * 60 / 3600
     of = _recipe(tmp_path, capture={"max_gpu_hours": limit})
     with pytest.raises(BudgetSpentError, match="is spent: the teachers of this run have held") as found:
-        apart(captured, of, address, teacher(RATE, start_s, log))
+        apart(captured, of, address, teacher(rate, start_s, log))
     assert found.value.exit_code == 2
     storage = open_storage(of.storage.root)
     held = hours_held(storage, of, "capture")
@@ -139,11 +139,15 @@ def test_a_budget_is_checked_while_teachers_hold_gpus_and_a_larger_one_goes_on(a
     kept = len(_units(log))
     assert 0 < kept < count
     with pytest.raises(BudgetSpentError, match="0 of them in this command"):
-        apart(captured, of, address, teacher(RATE, start_s, log))
+        apart(captured, of, address, teacher(rate, start_s, log))
+    kept_objects = [i.key for i in storage.list("targets/") if i.key.endswith(".parquet") and "/index/" not in i.key]
     manifest = apart(captured, _recipe(tmp_path, capture={"max_gpu_hours": 1.0}), address, teacher(RATE, 1.0, log))
     entry = read_published(storage, of.run_prefix)
     assert len(manifest.units) == count == entry["targets"]["captured"] + entry["targets"]["reused"]
-    assert entry["targets"]["reused"] >= kept - 3, "only what was not yet written when the budget ended is lost"
+    assert entry["targets"]["reused"] == len(kept_objects), (
+        "only what was not yet written when the budget ended is lost"
+    )
+    assert len(_units(log)) - kept == count - len(kept_objects), "and nothing else is scored again"
     assert hours_held(storage, of, "capture") > held
 
 
