@@ -48,6 +48,7 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
 
     Raises:
         UserError: no cluster answers at the address.
+        DistillError: the machine is too busy to start a private one.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without a mode, Ray 2.60 turns token auth on for a private cluster and leaves a token in the home folder.
@@ -194,7 +195,16 @@ def _connect(where: str | None, num_cpus: int | None) -> None:
     env = {"runtime_env": {"env_vars": _WORKER_ENV}, "log_to_driver": False, "logging_level": logging.CRITICAL}
     if where is None:
         cpus = num_cpus or max(4, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **env)
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **env)
+        except Exception as error:
+            # Ray raises nothing more exact, and its limit cannot be set.
+            if "timed out during startup" not in str(error):
+                raise
+            raise DistillError(
+                f"Ray did not start on this machine within its 30 s (load {os.getloadavg()[0]:.0f} on {os.cpu_count()} "
+                "CPUs); run the same command again when less else runs here"
+            ) from error
     elif where.startswith("ray://"):
         raise UserError(
             f"{where}: through Ray's client the stages cannot stream their results; run the command on a node of the "
