@@ -69,6 +69,32 @@ UNKNOWN_RECORD = -1
 
 
 @dataclass(frozen=True)
+class Amounts:
+    """Text as the pipeline counts it; no whole numbers where they are reckoned from a sample."""
+
+    tokens: float = 0.0
+    sequences: float = 0.0
+    supervised: float = 0.0
+    """Of the tokens."""
+    train_tokens: float = 0.0
+    """Tokens of the sequences that are not held out."""
+    train_supervised: float = 0.0
+    """Supervised ones of these."""
+
+    @property
+    def rows(self) -> float:
+        """Target rows: one less than its tokens for each sequence."""
+        return self.tokens - self.sequences
+
+    def __add__(self, other: Amounts) -> Amounts:
+        return Amounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def times(self, factor: float) -> Amounts:
+        """So many times as much."""
+        return Amounts(*(getattr(self, f.name) * factor for f in fields(self)))
+
+
+@dataclass(frozen=True)
 class DeadLetter:
     """A document or sequence that failed for its own reasons."""
 

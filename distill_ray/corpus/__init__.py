@@ -7,13 +7,16 @@ from distill_ray.corpus.index import indexed_sources
 from distill_ray.corpus.probe import probe_sources
 from distill_ray.corpus.prompts import read_unit_prompts
 from distill_ray.corpus.reading import held_out, read_unit_sequences
+from distill_ray.corpus.sample import Sample, sample_sources
 from distill_ray.corpus.tokenizers import load_tokenizer, same_tokenizer, tokenizer_identity
-from distill_ray.corpus.units import check_unit_bytes, most_unit_tokens, plan_units
+from distill_ray.corpus.units import check_unit_bytes, known_units, most_unit_tokens, plan_units
 
 __all__ = [
+    "Sample",
     "check_unit_bytes",
     "held_out",
     "indexed_sources",
+    "known_units",
     "load_tokenizer",
     "most_unit_tokens",
     "plan_units",
@@ -21,5 +24,6 @@ __all__ = [
     "read_unit_prompts",
     "read_unit_sequences",
     "same_tokenizer",
+    "sample_sources",
     "tokenizer_identity",
 ]

@@ -49,15 +49,15 @@ def locate(uri: str) -> tuple[Storage, str]:
     return open_storage(folder), key
 
 
-def stored_pieces(uri: str, start: int, size: int) -> Iterator[bytes]:
-    """The stored bytes [start, size) of an object, in pieces.
+def stored_pieces(uri: str, start: int, size: int, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    """The stored bytes [start, size) of an object, in pieces of at most `piece_bytes`.
 
     Raises:
         UserError: the object ends before `size`; it was replaced while it was read.
     """
     store, key = locate(uri)
     while start < size:
-        piece = store.get_range(key, start, min(PIECE_BYTES, size - start))
+        piece = store.get_range(key, start, min(piece_bytes, size - start))
         if not piece:
             raise UserError(
                 f"corpus source {uri} ended at byte {start:,} of {size:,}: it changed while it was read; run again"
@@ -191,12 +191,13 @@ def read_lines(uri: str, size: int, start: int, stop: int, sha256: str = "") -> 
     # The first slice alone needs no copy, and most sources have one slice.
     copy = plain_copy(uri, size, sha256) if start > 0 and sha256 and container_of(uri) != "jsonl" else None
     if copy is None:
-        return _lines_of(uncompressed_pieces(uri, size, begin), begin, start, stop)
+        return lines_of(uncompressed_pieces(uri, size, begin), begin, start, stop)
     with copy:
-        return _lines_of(_pieces_of(copy, begin), begin, start, stop)
+        return lines_of(_pieces_of(copy, begin), begin, start, stop)
 
 
-def _lines_of(pieces: Iterator[bytes], begin: int, start: int, stop: int) -> list[bytes]:
+def lines_of(pieces: Iterator[bytes], begin: int, start: int, stop: int) -> list[bytes]:
+    """`read_lines` of pieces whose first byte lies at `begin`: the one before `start`, or 0."""
     buffer, whole = bytearray(), False
     for piece in pieces:
         seen = len(buffer)

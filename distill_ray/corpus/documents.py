@@ -92,11 +92,18 @@ def _row(batch: pa.RecordBatch, row: int, columns: tuple[str, ...]) -> dict[str,
 
 def raw_rows(source: SourceSlice, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | RefusedDocument]:
     """The records of a Parquet slice, these columns alone."""
-    for batch in batches(source, list(columns)):
+    yield from rows_of(source.uri, batches(source, list(columns)), columns)
+
+
+def rows_of(
+    uri: str, found: Iterable[pa.RecordBatch], columns: tuple[str, ...]
+) -> Iterator[dict[str, Any] | RefusedDocument]:
+    """The records of batches of a Parquet source, these columns alone."""
+    for batch in found:
         for row in range(batch.num_rows):
-            with readable(source.uri, "is damaged"):
-                found = _row(batch, row, columns)
-            yield found
+            with readable(uri, "is damaged"):
+                record = _row(batch, row, columns)
+            yield record
 
 
 def _raw_file(unit: Unit, size: int, column: str) -> Iterator[dict[str, Any] | RefusedDocument]:

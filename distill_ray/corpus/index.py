@@ -126,7 +126,7 @@ def index_source(
     Raises:
         UserError: the source is damaged, or changed while it was read; or it is not cached, and it must be.
     """
-    found = _cached(cache, _cache_key(uri, info), _about(uri, info, unit_bytes)) if cache else None
+    found = cached_index(uri, info, unit_bytes, cache) if cache else None
     if found is None and cached_only:
         raise UserError(f"corpus source {uri} is new or changed, and no capture has read it yet")
     if found is None:
@@ -139,6 +139,11 @@ def index_source(
         if cache:
             keep_index(cache, uri, info, unit_bytes, found)
     return found
+
+
+def cached_index(uri: str, info: ObjectInfo, unit_bytes: int, cache: Storage) -> SourceIndex | None:
+    """The index of one source version from the cache; None where it is not there, and nothing is read for it."""
+    return _cached(cache, _cache_key(uri, info), _about(uri, info, unit_bytes))
 
 
 def keep_index(cache: Storage, uri: str, info: ObjectInfo, unit_bytes: int, index: SourceIndex) -> None:

@@ -67,13 +67,47 @@ def batches(source: SourceSlice, columns: list[str]) -> Iterator[pa.RecordBatch]
         group, first = _group_of(file, source.start)
         found = _copied(source, file, group, columns) if source.start > first else None
         if found is None:
-            yield from _cut(_group_batches(file, [group], columns), source.start - first, source.stop - first)
+            yield from _cuts(_group_batches(file, [group], columns), [(source.start - first, source.stop - first)])
             return
         import pyarrow as pa
 
         with found, pa.ipc.open_file(found) as copy:
             held = (copy.get_batch(i) for i in range(copy.num_record_batches))
-            yield from _cut(held, source.start - first, source.stop - first)
+            yield from _cuts(held, [(source.start - first, source.stop - first)])
+
+
+def rows_at(uri: str, spans: list[tuple[int, int]], columns: list[str], reach: int) -> Iterator[pa.RecordBatch]:
+    """The rows of ascending spans [start, stop), these columns alone, without a copy of anything on this machine.
+
+    A row group cannot be entered in its middle, so what lies before a span is decoded too: of a group of more than
+    `reach` uncompressed bytes the spans are moved towards its beginning, in proportion.
+
+    Raises:
+        UserError: the source is damaged.
+    """
+    with readable(uri, "is damaged"), _opened(uri) as file:
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            about = file.metadata.row_group(group)
+            rows, far = about.num_rows, max(1.0, about.total_byte_size / reach)
+            inside = [(max(a - first, 0), min(b - first, rows)) for a, b in spans if a < first + rows and b > first]
+            moved = [(int(a / far), int(a / far) + b - a) for a, b in inside]
+            if moved:
+                yield from _cuts(_group_batches(file, [group], columns), moved)
+            first += rows
+
+
+def _cuts(found: Iterator[pa.RecordBatch], spans: list[tuple[int, int]]) -> Iterator[pa.RecordBatch]:
+    """The rows of ascending spans of consecutive batches."""
+    at = 0
+    for batch in found:
+        for start, stop in spans:
+            low, high = max(start - at, 0), min(stop - at, batch.num_rows)
+            if low < high:
+                yield batch.slice(low, high - low)
+        at += batch.num_rows
+        if at >= spans[-1][1]:
+            return
 
 
 def _group_batches(file: pq.ParquetFile, groups: list[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -89,18 +123,6 @@ def _group_of(file: pq.ParquetFile, row: int) -> tuple[int, int]:
             return group, first
         first += rows
     raise ValueError(f"row {row:,} of {first:,}")
-
-
-def _cut(found: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """Rows [start, stop) of consecutive batches."""
-    at = 0
-    for batch in found:
-        low, high = max(start - at, 0), min(stop - at, batch.num_rows)
-        if low < high:
-            yield batch.slice(low, high - low)
-        at += batch.num_rows
-        if at >= stop:
-            return
 
 
 def _copied(source: SourceSlice, file: pq.ParquetFile, group: int, columns: list[str]) -> IO[bytes] | None:

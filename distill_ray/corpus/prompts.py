@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -43,18 +44,13 @@ def read_unit_prompts(
     """
     check_tokenizer(tokenizer, section.format, prompts=True)
     prompts, dead = list[Sequence](), list[DeadLetter]()
-    room, tokens = section.window_tokens - generate.max_tokens, 0
-    for item in read_documents(unit, section, prompts=True):
-        try:
-            if not isinstance(item, Document):
-                raise item[1]
-            ids = _fitting(_encode(tokenizer, item), room, section, generate)
-        except RefusedDocument as reason:
-            number = item.record if isinstance(item, Document) else item[0]
-            dead.append(DeadLetter(unit.hash, unit.source.uri, number, str(reason)))
-            continue
-        prompts.append(Sequence(ids, np.zeros(len(ids), bool), item.key))
-        tokens += generate.samples * (len(ids) + generate.max_tokens)
+    tokens = 0
+    for found in prompts_of(read_documents(unit, section, prompts=True), section, generate, tokenizer):
+        if isinstance(found, Sequence):
+            prompts.append(found)
+            tokens += generate.samples * (len(found.tokens) + generate.max_tokens)
+        else:
+            dead.append(DeadLetter(unit.hash, unit.source.uri, *found))
     if most_tokens is not None and tokens > most_tokens:
         raise UserError(
             f"corpus source {unit.source.uri}: {unit.source.kind} {unit.source.start} to {unit.source.stop} hold "
@@ -63,6 +59,25 @@ def read_unit_prompts(
             f"{most_tokens:,} tokens; lower corpus.unit_bytes={section.unit_bytes}"
         )
     return prompts, dead
+
+
+def prompts_of(
+    documents: Iterator[Document | tuple[int, RefusedDocument]],
+    section: CorpusSection,
+    generate: GenerateSection,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[Sequence | tuple[int, str]]:
+    """The prompt of each document, or its number and why it is none."""
+    room = section.window_tokens - generate.max_tokens
+    for item in documents:
+        try:
+            if not isinstance(item, Document):
+                raise item[1]
+            ids = _fitting(_encode(tokenizer, item), room, section, generate)
+        except RefusedDocument as reason:
+            yield item.record if isinstance(item, Document) else item[0], str(reason)
+            continue
+        yield Sequence(ids, np.zeros(len(ids), bool), item.key)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:

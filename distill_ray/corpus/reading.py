@@ -83,6 +83,24 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, form: str, prompts: bool
             ) from None
 
 
+def sequences_of(
+    documents: Iterator[Document | tuple[int, RefusedDocument]],
+    section: CorpusSection,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[list[Sequence] | tuple[int, str]]:
+    """The sequences of each document, or its number and why it has none; refused ones come before others near them."""
+    while batch := list(islice(documents, _BATCH)):
+        yield from ((item[0], str(item[1])) for item in batch if not isinstance(item, Document))
+        good = [item for item in batch if isinstance(item, Document)]
+        for document, encoded in zip(good, _encode(tokenizer, section.format, good), strict=True):
+            if isinstance(encoded, RefusedDocument):
+                yield document.record, str(encoded)
+            elif len(encoded[0]) < 2:
+                yield document.record, f"{len(encoded[0])} token(s): nothing to predict"
+            else:
+                yield windows(*encoded, document.key, section.window_tokens, section.window_overlap)
+
+
 def read_unit_sequences(
     unit: Unit, section: CorpusSection, tokenizer: PreTrainedTokenizerBase, *, most_tokens: int | None = None
 ) -> tuple[list[Sequence], list[DeadLetter]]:
@@ -102,19 +120,12 @@ def read_unit_sequences(
     sequences: list[Sequence] = []
     refused: list[tuple[int, str]] = []
     tokens = 0
-    documents = read_documents(unit, section)
-    while batch := list(islice(documents, _BATCH)):
-        refused += [(item[0], str(item[1])) for item in batch if not isinstance(item, Document)]
-        good = [item for item in batch if isinstance(item, Document)]
-        for document, encoded in zip(good, _encode(tokenizer, section.format, good), strict=True):
-            if isinstance(encoded, RefusedDocument):
-                refused.append((document.record, str(encoded)))
-            elif len(encoded[0]) < 2:
-                refused.append((document.record, f"{len(encoded[0])} token(s): nothing to predict"))
-            else:
-                found = windows(*encoded, document.key, section.window_tokens, section.window_overlap)
-                sequences += found
-                tokens += sum(len(s.tokens) for s in found)
+    for found in sequences_of(read_documents(unit, section), section, tokenizer):
+        if isinstance(found, tuple):
+            refused.append(found)
+            continue
+        sequences += found
+        tokens += sum(len(s.tokens) for s in found)
         if most_tokens is not None and tokens > most_tokens:
             # Planning knows bytes alone, and those of a Parquet dictionary may stand for many times as much text.
             raise UserError(

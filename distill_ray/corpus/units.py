@@ -16,7 +16,7 @@ from distill_ray.codec import row_bytes
 from distill_ray.config import canonical_json
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.containers import container_of
-from distill_ray.corpus.index import SourceIndex, index_source
+from distill_ray.corpus.index import SourceIndex, cached_index, index_source
 from distill_ray.errors import UserError
 from distill_ray.forgotten import Withdrawn, read_forgotten
 from distill_ray.schema import DRAW_BYTES, ROW_DRAW_BYTES
@@ -190,6 +190,40 @@ def _indices(
             return index_source(uri, sources[uri], section.unit_bytes, cache, cached_only=cached_only)
 
         yield from zip(uris, pool.map(one, uris), strict=True)
+
+
+def known_units(
+    section: CorpusSection,
+    tokenizer_id: str,
+    cache: Storage,
+    sources: Mapping[str, ObjectInfo],
+    *,
+    prompts: bool = False,
+) -> tuple[Units, list[int]]:
+    """The units, as `plan_units` gives them, of those sources alone whose index is in the cache; no source is read.
+
+    Beside them the bytes of each of their `sources` before compression.
+
+    Args:
+        section: the recipe's [corpus].
+        tokenizer_id: `tokenizer_identity` of the teacher's tokenizer.
+        cache: root storage.
+        sources: by URI.
+        prompts: the corpus holds prompts for the teacher to answer.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        indices = pool.map(
+            lambda uri: cached_index(uri, sources[uri], section.unit_bytes, cache), uris := sorted(sources)
+        )
+        known = [(uri, index) for uri, index in zip(uris, indices, strict=True) if index is not None]
+    rows = [
+        (hash_of(piece), place, KINDS.index(piece[0]), *piece[1:], 1)
+        for place, (uri, index) in enumerate(known)
+        for hash_of in (_hasher(section, tokenizer_id, container_of(uri), index.sha256, prompts),)
+        for piece in _slices(section, index, container_of(uri))
+    ]
+    of = tuple(Source(uri, index.sha256, sources[uri].version) for uri, index in known)
+    return Units.merged(np.array(rows, ROW), of), [index.raw_bytes for _, index in known]
 
 
 def plan_units(
