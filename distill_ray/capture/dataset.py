@@ -21,6 +21,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from distill_ray import corpus
 from distill_ray.capture.pool import TASK_CPUS, Work
+from distill_ray.capture.scaling import teachers_for
 from distill_ray.capture.stages import FAILED_STARTS, Teacher, from_row, not_started, read, to_row, write
 from distill_ray.config import Recipe
 from distill_ray.cost import ActorTime
@@ -38,9 +39,6 @@ _CALLS_PER_TEACHER = 2
 """Units that an actor has at a time: the engine has one, the other is unpickled before it or pickled after it."""
 _UNIT_RETRIES = 4
 """How often a unit may lose its teacher's process before the run fails: one that kills every engine must not loop."""
-_UNITS_PER_TEACHER = 20
-"""Units of full size (about 1 M tokens) that a teacher is started for, where the recipe's range leaves it open: a start
-takes minutes in which its GPUs do nothing, and 20 units are some half an hour of a 70B teacher."""
 _MOST_BLOCKS = 10_000
 
 
@@ -71,17 +69,8 @@ def iter_captured(work: Work) -> Iterator[Captured]:
 
 
 def pool_size(recipe: Recipe, pending: Units) -> tuple[int, int, int]:
-    """Least, first and greatest number of teachers for what is pending, which is at least one unit.
-
-    Teachers with GPUs are asked for at once, as many as the backlog in bytes is worth: an actor that waits for a node
-    is what makes Ray's autoscaler add one. Ray Data by itself adds actors only where their GPUs are there already.
-    """
-    replicas, most = recipe.teacher.replicas, min(recipe.teacher.replicas.max, len(pending))
-    least = max(1, min(replicas.min, most))
-    if not recipe.teacher.gpus:
-        return least, least, most  # they share CPUs with the readers, which Ray Data sees to
-    worth = -(-int(pending.rows["bytes"].sum()) // (_UNITS_PER_TEACHER * recipe.corpus.unit_bytes))
-    return least, max(least, min(most, worth)), most
+    """`teachers_for` what is pending, which is at least one unit."""
+    return teachers_for(recipe, len(pending), int(pending.rows["bytes"].sum()))
 
 
 def _pipeline(work: Work) -> ray.data.Dataset:

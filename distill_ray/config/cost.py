@@ -1,8 +1,11 @@
-"""`[cost]`: prices, for figures alone. There are no defaults: what has no price stated gets no dollars."""
+"""`[cost]`: prices and rates, for figures alone.
+
+There are no defaults: what has no price stated gets no dollars, and what has no rate stated or measured no hours.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -38,6 +41,28 @@ class ServingSection(Section):
         return self
 
 
+class RatesSection(Section):
+    """How fast processes work, for the forecast; what is not stated is taken from the newest version that measured."""
+
+    teacher_tokens_s: Placement[float | None] = Field(default=None, gt=0)
+    """Tokens a second of one teacher replica, all its devices together, prompts and completions alike, over the time in
+    which it is ready, its waits for work included."""
+    teacher_start_s: Placement[float | None] = Field(default=None, ge=0)
+    """Seconds until a replica is ready."""
+    student_tokens_s: Placement[float | None] = Field(default=None, gt=0)
+    """Tokens a second of one training worker, supervised or not, over the time in which it is ready, its waits for data
+    and its checkpoints included."""
+    student_start_s: Placement[float | None] = Field(default=None, ge=0)
+    """Seconds until a training worker is ready."""
+
+    @model_validator(mode="after")
+    def _starts_belong_to_rates(self) -> Self:
+        for who in ("teacher", "student"):
+            if getattr(self, f"{who}_start_s") is not None and getattr(self, f"{who}_tokens_s") is None:
+                raise ValueError(f"{who}_start_s has no effect without {who}_tokens_s; state both or remove it")
+        return self
+
+
 class CostSection(Section):
     teacher_gpu_hour: Placement[Dollars | None] = None
     """Dollars of one GPU of a teacher for an hour; with it, progress and report show what teachers cost."""
@@ -52,3 +77,9 @@ class CostSection(Section):
     """Dollars of 10⁹ bytes stored for a month."""
     serving: Placement[ServingSection] = ServingSection()
     """What serving teacher and student costs."""
+    rates: Placement[RatesSection] = RatesSection()
+    """What the forecast reckons with, before anything runs."""
+
+    def prices(self) -> dict[str, Any]:
+        """What a report is priced by, as plain JSON values; rates change no report."""
+        return self.model_dump(mode="json", exclude={"rates"})

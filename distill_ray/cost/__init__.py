@@ -5,11 +5,24 @@ meter.py      how they come from many processes into storage while a stage runs
 usage.py      the objects of the run's folder, and sums over them
 prices.py     dollars
 breakeven.py  against serving the teacher
+forecast.py   what all of it will be, before it runs
 account.py    the report's section
 """
 
 from distill_ray.cost.account import Stored, TargetsTime, account, measured
 from distill_ray.cost.breakeven import break_even, sentence
+from distill_ray.cost.forecast import (
+    FORECAST,
+    Basis,
+    Forecast,
+    Rate,
+    StageForecast,
+    StoredForecast,
+    compared,
+    forecast_sentence,
+    stage_forecast,
+    stored_forecast,
+)
 from distill_ray.cost.meter import Beat, Meter, held, metered, node_type
 from distill_ray.cost.prices import TOTAL, dollars_by_stage
 from distill_ray.cost.spent import ActorTime, Stopwatch, TimeSum
@@ -25,22 +38,30 @@ from distill_ray.cost.usage import (
 )
 
 __all__ = [
+    "FORECAST",
     "TOTAL",
     "ActorTime",
+    "Basis",
     "Beat",
+    "Forecast",
     "Meter",
     "NodeUsage",
+    "Rate",
+    "StageForecast",
     "StageUsage",
     "Stopwatch",
     "Stored",
+    "StoredForecast",
     "TargetsTime",
     "TimeSum",
     "Usage",
     "account",
     "break_even",
     "by_stage",
+    "compared",
     "device_hours",
     "dollars_by_stage",
+    "forecast_sentence",
     "held",
     "hours_held",
     "measured",
@@ -48,5 +69,7 @@ __all__ = [
     "node_type",
     "read_usage",
     "sentence",
+    "stage_forecast",
+    "stored_forecast",
     "write_usage",
 ]

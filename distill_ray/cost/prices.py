@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from distill_ray.config.cost import CostSection
-from distill_ray.cost.usage import StageUsage
+from distill_ray.cost.usage import Device, StageUsage
 
 HOUR = 3600.0
 TOTAL = "total"
@@ -13,11 +13,16 @@ TOTAL = "total"
 
 def price_of(prices: CostSection, usage: StageUsage) -> float | None:
     """Dollars of one device for an hour; None where the recipe does not state it."""
-    if usage.on.node_type in prices.device_hour:
-        return prices.device_hour[usage.on.node_type]
-    if usage.device != "GPU":
+    return device_price(prices, usage.stage, usage.device, usage.on.node_type)
+
+
+def device_price(prices: CostSection, stage: str, device: Device, node_type: str | None) -> float | None:
+    """The same of a stage on a type of node; None: of a type that is not known."""
+    if node_type in prices.device_hour:
+        return prices.device_hour[node_type]
+    if device != "GPU":
         return None
-    return prices.teacher_gpu_hour if usage.stage in ("capture", "audit") else prices.student_gpu_hour
+    return prices.teacher_gpu_hour if stage in ("capture", "audit") else prices.student_gpu_hour
 
 
 def dollars_of(prices: CostSection, usage: StageUsage) -> float | None:

@@ -144,7 +144,7 @@ def outdated(recipe: Recipe, published: Mapping[str, Mapping[str, Any]]) -> str 
         return "other bounds of evaluate.require"
     if entry.get("drift_warn") != recipe.evaluate.drift_warn:
         return "another evaluate.drift_warn"
-    if entry["prices"] != recipe.cost.model_dump(mode="json"):
+    if entry["prices"] != recipe.cost.prices():
         return "other prices of [cost]"
     return None
 
@@ -199,7 +199,7 @@ def _judged_by(recipe: Recipe) -> dict[str, Any]:
     return {
         "require": section.bounds(),
         "drift_warn": section.drift_warn,
-        "prices": recipe.cost.model_dump(mode="json"),
+        "prices": recipe.cost.prices(),
     }
 
 

@@ -5,7 +5,7 @@ from distill_ray.targets.draws import decode_draws, offsets_of
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, unit_key
 from distill_ray.targets.index import append_index, drop_units, each_object, load_index, load_table, target_objects
 from distill_ray.targets.inspect import InspectReport, inspect
-from distill_ray.targets.layout import StoredDraws, StoredSequence
+from distill_ray.targets.layout import StoredDraws, StoredSequence, stored_row_bytes
 from distill_ray.targets.manifest import (
     ManifestUnit,
     ManifestUnits,
@@ -44,6 +44,7 @@ __all__ = [
     "open_unit",
     "read_run_manifest",
     "read_unit",
+    "stored_row_bytes",
     "target_objects",
     "unit_key",
     "units_of_lost_manifest",

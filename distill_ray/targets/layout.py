@@ -10,6 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
+from distill_ray.codec import row_bytes
+from distill_ray.schema import DRAW_BYTES, ROW_DRAW_BYTES
 from distill_ray.targets.identity import CaptureIdentity
 
 SCHEMA_VERSION = 2
@@ -101,6 +103,20 @@ def arrow_schema(identity: CaptureIdentity, with_entropy: bool) -> pa.Schema:
     if identity.draws:
         columns += [(name, items(kind)) for name, kind in _DRAW_COLUMNS.items()]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+
+
+def stored_row_bytes(identity: CaptureIdentity, with_entropy: bool) -> float:
+    """Bytes of one target row in an object, its token and mask included; every drawn token counts as a distinct one.
+
+    What a sequence, a row group and the footer take besides is below a hundredth of it in units of ordinary size.
+    """
+    drawn = DRAW_BYTES * identity.draws + ROW_DRAW_BYTES if identity.draws else 0
+    side = [
+        field.type.value_type.bit_width
+        for field in arrow_schema(identity, with_entropy)
+        if pa.types.is_list(field.type) and field.name not in _DRAW_COLUMNS
+    ]
+    return row_bytes(identity.top_k, identity.vocab_size) + drawn + sum(side) / 8
 
 
 def checksum(fingerprint: str, unit: str, index: int, s: StoredSequence) -> bytes:

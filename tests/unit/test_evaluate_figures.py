@@ -81,7 +81,7 @@ def test_a_report_of_another_layout_is_made_anew() -> None:
     recipe = _recipe()
     settings = json.loads(json.dumps(identity_of(recipe.evaluate)))
     entry = {"student": "s", "settings": settings, "require": {}, "schema_version": SCHEMA_VERSION}
-    entry["prices"] = recipe.cost.model_dump(mode="json")
+    entry["prices"] = recipe.cost.prices()
     published = {"student": {"sha256": "s"}, "report": entry}
     assert evaluate.outdated(recipe, published) is None
     dearer = recipe.model_copy(update={"cost": recipe.cost.model_copy(update={"teacher_gpu_hour": 3.0})})
