@@ -183,10 +183,13 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "render":
         return _render(recipe, arguments)
     if arguments.command == "check":
+        from distill_ray.cost import forecast_sentence
+        from distill_ray.forecast import predict
         from distill_ray.preflight import check
 
         for finding in check(recipe, address=arguments.address):
             print(f"ok  {finding.what:<9} {finding.fact}")
+        print(f"ok  {'forecast':<9} {forecast_sentence(predict(recipe))}")
         return 0
     if arguments.command == "audit":
         recipe = _with_audit(recipe, arguments)

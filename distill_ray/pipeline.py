@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from distill_ray import audit, capture, corpus, evaluate, export, standing, targets, teacher, train
+from distill_ray import audit, capture, corpus, cost, evaluate, export, forecast, standing, targets, teacher, train
 from distill_ray.config import Recipe, fingerprint, identity_of
 from distill_ray.errors import DistillError, UserError
 from distill_ray.lease import Lease, LeaseToken, publish, read_published
@@ -79,9 +79,12 @@ def run(
             on_finding(finding)
         identity = run_identity(recipe)
         _same_run(recipe, storage, identity)
+        predicted = _forecast(recipe, storage, on_finding)
         session = ray_session(address, num_cpus=private_cpus(recipe))
         with Lease.acquire(storage, recipe.run_prefix) as lease, session:
             _same_run(recipe, storage, identity)  # another driver may have begun the run since
+            if predicted is not None:
+                publish(storage, lease.token, cost.FORECAST, predicted.to_json())
             publish(storage, lease.token, "identity", {"fingerprint": fingerprint(identity), "of": identity})
             for stage in STAGES[: STAGES.index(until) + 1]:
                 if stage == "audit" and not standing.audit_is_due(recipe, storage, until):
@@ -94,6 +97,15 @@ def run(
     if until not in ("evaluate", "export"):
         return None
     return _result(recipe, storage, exported=until == "export")
+
+
+def _forecast(recipe: Recipe, storage: Storage, on_finding: Callable[[Finding], None]) -> cost.Forecast | None:
+    """What the run will take, of a run that nobody has begun; later it would be a forecast of the rest."""
+    if "identity" in read_published(storage, recipe.run_prefix):
+        return None
+    predicted = forecast.predict(recipe, capture.capture_identity(recipe))
+    on_finding(Finding("forecast", cost.forecast_sentence(predicted)))
+    return predicted
 
 
 def is_done(recipe: Recipe, until: str = "export") -> bool:

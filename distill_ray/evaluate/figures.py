@@ -164,7 +164,8 @@ def cost_figures(
     did = {"capture": published["targets"].get("captured", 0) > 0, "train": "student" in published}
     # Older software left none.
     unknown = [stage for stage, done in did.items() if done and stage not in {usage.stage for usage in usages}]
-    return cost.account(recipe, usages, problems=problems, unknown=unknown, stored=kept, targets=took)
+    found = cost.account(recipe, usages, problems=problems, unknown=unknown, stored=kept, targets=took)
+    return found | {cost.FORECAST: published.get(cost.FORECAST)}
 
 
 def stored(recipe: Recipe, storage: Storage, manifest: RunManifest) -> cost.Stored:

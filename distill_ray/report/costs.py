@@ -26,7 +26,35 @@ def section(found: Mapping[str, Any] | None) -> str:
         f"<tr><td>{escape(name)}</td><td class=number>{escape(value)}</td></tr>" for name, value in _facts(found)
     )
     notes = "".join(f'<p class="bad">Not in these figures: {escape(note)}.</p>' for note in found["notes"])
-    return "".join([*parts, f"<table>{rows}</table>", notes])
+    return "".join([*parts, f"<table>{rows}</table>", notes, _forecast(found)])
+
+
+def _forecast(found: Mapping[str, Any]) -> str:
+    """The forecast beside what it was; runs begun by older software have none."""
+    about = found.get(cost.FORECAST)
+    if about is None:
+        return '<p class="soft">No forecast was made before this run began.</p>'
+    head = "".join(f"<th class=number>{name}</th>" for name in ("Before the run", "It was", "Ratio"))
+    rows = "".join(
+        f"<tr><td>{escape(name.capitalize())}</td>"
+        f"{''.join(f'<td class=number>{_figure(value)}</td>' for value in (before, was))}"
+        f"<td class=number>{f'{was / before:.2f}' if before and was is not None else '–'}</td></tr>"
+        for name, before, was in cost.compared(found)
+    )
+    basis = about["basis"]
+    said = [each["missing"] for each in about["stages"] if each["missing"]] + list(basis["notes"])
+    said += ["the teacher's completions count as long as they may be"] if basis["upper_bound"] else []
+    origins = [f"{each['stage']}: {each['rate']['origin']}" for each in about["stages"] if each["rate"]]
+    notes = "; ".join([*(f"rate of {origin}" for origin in origins), *said])
+    return f"<table><tr><th>Forecast</th>{head}</tr>{rows}</table>" + (
+        f'<p class="soft">{escape(notes)}.</p>' if notes else ""
+    )
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "not known"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _usage_table(usage: list[Mapping[str, Any]], dollars: Mapping[str, float]) -> str:
