@@ -13,6 +13,7 @@ from distill_ray import report as reports
 from distill_ray.config import Recipe, fingerprint, identity_of, parse_recipe
 from distill_ray.cost import Basis, Forecast, NodeUsage, Rate, StoredForecast, Usage, stage_forecast, stored_forecast
 from distill_ray.errors import UserError
+from distill_ray.evaluate.figures import cost_figures
 from distill_ray.forecast.rates import rates
 from distill_ray.lease import Lease, document_entry, publish, read_published
 from distill_ray.pipeline import _forecast
@@ -186,6 +187,13 @@ def test_a_run_that_has_begun_gets_no_forecast_of_its_rest(storage: Storage):
 
 
 # --- beside what it was
+
+
+def test_the_reports_cost_holds_what_the_run_published_before_it_began(storage: Storage):
+    recipe, made = _recipe(storage.uri), {"stages": []}
+    kept, took = cost.Stored(1, 2, 3), cost.TargetsTime(4.0, 0)
+    assert cost_figures(recipe, storage, {"targets": {}, cost.FORECAST: made}, kept, took)[cost.FORECAST] == made
+    assert cost_figures(recipe, storage, {"targets": {}}, kept, took)[cost.FORECAST] is None
 
 
 def _both(**basis: Any) -> dict[str, Any]:
