@@ -123,6 +123,20 @@ def test_the_clients_address_is_refused_with_what_to_do() -> None:
         pass
 
 
+def test_a_machine_too_busy_to_start_ray_is_told_so(monkeypatch: pytest.MonkeyPatch):
+    def init(**_: Any) -> None:
+        raise Exception(
+            "The current node timed out during startup. This could happen because some of the raylet failed"
+        )
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(DistillError, match=r"did not start .* 30 s \(load \d+ on \d+ CPUs\); run the same"),
+        ray_session("local"),
+    ):
+        pass
+
+
 def test_evaluation_on_a_gpu_also_waits_for_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     class _SaidError(Exception):
         pass
