@@ -12,9 +12,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_vllm_teacher_is_audited_and_teaches_on_a_real_s3_server(tmp_path: Path, s3_uri: str):
-    # Two tensor-parallel ranks: no large teacher has fewer.
-    edits = {"unit_bytes = 2048": "unit_bytes = 8192", 'engine = "vllm"': 'engine = "vllm"\ntensor_parallel = 2'}
-    job = Job(tmp_path, s3_uri, engine="vllm", teacher=wide_teacher(), epochs=1, zero_stage=2, audit=4, edits=edits)
+    small = {"teacher": wide_teacher(), "epochs": 1, "edits": {"unit_bytes = 2048": "unit_bytes = 8192"}}
+    job = Job(tmp_path, s3_uri, engine="vllm", zero_stage=2, audit=4, **small)
     job.run()
     assert job.published()["audit"]["sequences"] >= 4
     assert job.report()["after"]["kl_t1"] < job.report()["before"]["kl_t1"]

@@ -53,6 +53,7 @@ class FakeGroup:
     rank_in_group: int
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        assert tensor.is_floating_point(), "vLLM's shared memory between the ranks of a CPU gathers no integers"
         self.ranks.boxes[self.rank_in_group] = tensor
         self.ranks.barrier.wait(30)
         found = torch.cat([box for box in self.ranks.boxes if box is not None], dim)
