@@ -85,6 +85,15 @@ def test_a_process_is_counted_from_its_first_post_on(storage: Storage):
     assert cost.hours_held(storage, recipe) == pytest.approx(6 / 3600)
 
 
+def test_starts_are_counted_until_an_actor_is_ready(storage: Storage):
+    recipe = _recipe(storage.uri)
+    with Lease.acquire(storage, recipe.run_prefix) as lease:
+        meter = Meter(storage, lease.token, "capture", Held("GPU", 2), Clock())
+        assert [meter.starting("a"), meter.starting("b"), meter.starting("a")] == [1, 1, 2]
+        meter.ready("a")
+        assert [meter.starting("a"), meter.starting("b")] == [1, 2]
+
+
 def test_processes_on_cpus_are_no_gpu_hours(storage: Storage):
     recipe = _recipe(storage.uri, teacher={"model": "/teacher", "use_gpu": False, "tensor_parallel": 2})
     with Lease.acquire(storage, recipe.run_prefix) as lease:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill_ray.capture.stages import ReadUnit, TaughtUnit, Teacher, from_row, to_row
-from distill_ray.cost import ActorTime, Stopwatch, TimeSum
+from distill_ray.capture.stages import FAILED_STARTS, ReadUnit, TaughtUnit, Teacher, from_row, to_row
+from distill_ray.cost import ActorTime, Beat, Stopwatch, TimeSum
 from distill_ray.cost.spent import Doing
-from distill_ray.errors import UserError
+from distill_ray.errors import DistillError, UserError
 from distill_ray.schema import Sequence, TargetRows
 from tests.unit.targets_fakes import captured, identity, unit
 
@@ -141,3 +141,12 @@ def test_what_an_actor_spent_travels_with_each_unit(tmp_path: Path):
 def test_an_engine_that_cannot_open_is_told_to_the_first_call(tmp_path: Path):
     with pytest.raises(UserError, match="no such folder"):
         Teacher(Engine, str(tmp_path / "gone"))(_unit())
+
+
+def test_a_teacher_whose_process_died_in_three_starts_does_not_begin_a_fourth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Beat, "starting", lambda _: FAILED_STARTS)
+    teacher = Teacher(lambda: pytest.fail("began to start"), str(tmp_path))
+    with pytest.raises(DistillError, match="could not be started, 3 times in a row"):
+        teacher(_unit())

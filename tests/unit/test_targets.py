@@ -194,3 +194,16 @@ def test_the_fingerprint_is_of_the_values():
     others = [identity(teacher="x"), identity(k=9), identity(vocab=998), identity(temperatures=())]
     others += [dataclasses.replace(base, tokenizer="tok-2"), dataclasses.replace(base, codec=2)]
     assert len({base.fingerprint, *(o.fingerprint for o in others)}) == 7
+
+
+def test_what_computed_the_rows_is_recorded_and_shown(storage):
+    of, put = identity(), {}
+    for name, engine in (("a", "vllm 9.9, inside its workers"), ("b", "")):
+        u = unit(name)
+        data, put[name] = targets.encode_unit(of, u, *captured(of), [], 1.0, engine)
+        storage.put(targets.unit_key(of, u.hash), data)
+        assert targets.read_unit(storage, of, u.hash).info.engine == engine
+    targets.append_index(storage, of, list(put.values()))
+    found = targets.inspect(f"{storage.uri}/targets/{of.fingerprint}", verify=True)
+    assert found.problems == ()
+    assert "computed by     not recorded (1 read); vllm 9.9, inside its workers (1 read)\n" in found.render()
