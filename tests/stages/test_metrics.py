@@ -19,7 +19,7 @@ from distill_ray.metrics import LABELS, METRICS, Meters
 from tests.stages.test_capture import ShortTeacher, _recipe, _run, _write
 from tests.stages.test_train import new_run
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ray_cluster")]
 
 WITHIN_S = 60.0
 """Processes tell their node's agent every 10 s."""

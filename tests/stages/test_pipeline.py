@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.jobs import SHARED_CLUSTER, Job, assert_same_outcome, started, write_documents
+from tests.stages.jobs import Job, assert_same_outcome, started, write_documents
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("cluster_address")]
 
@@ -29,18 +28,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def test_a_run_killed_while_it_captures_and_while_it_trains_ends_as_the_calm_one(done: Job, tmp_path: Path):
     """The drivers alone die here, on a cluster that lives on; `make test-all SUITES=kill` kills all processes."""
     job = Job(tmp_path, str(tmp_path / "root"))
-    process = job.start("--address", os.environ[SHARED_CLUSTER])
-    while not job.unit_objects():
-        assert process.poll() is None, process.stderr
-        time.sleep(0.01)
-    process.kill_all()
+    job.kill_once(job.unit_objects)
     stored = {p: p.stat().st_mtime_ns for p in job.unit_objects()}
     assert 0 < len(stored) < len(done.unit_objects()), "the kill must fall among the units"
-    process = job.start("--address", os.environ[SHARED_CLUSTER])
-    while "checkpoint/step-00000003" not in job.published():
-        assert process.poll() is None, process.stderr
-        time.sleep(0.05)
-    process.kill_all()
+    job.kill_once(lambda: "checkpoint/step-00000003" in job.published(), poll_s=0.05)
     assert "student" not in job.published(), "the kill must fall among the steps"
     job.call()
     assert {p: p.stat().st_mtime_ns for p in stored} == stored, "nothing whole is captured again"
@@ -86,7 +77,7 @@ def test_again_recomputes_nothing(done: Job):
         return {str(p): p.stat().st_mtime_ns for p in Path(done.root).rglob("*") if p.is_file()}
 
     before = snapshot()
-    again = done.run()
+    again = done.call()
     assert snapshot() == before
     assert "student before" in again.stdout
     assert "process hours on CPUs in 1 command(s), $" in again.stdout
@@ -151,6 +142,7 @@ def test_bounds_and_licence_changed_afterwards_are_judged_anew_and_nothing_is_co
     assert computed() == before
 
 
+@pytest.mark.long
 def test_other_prices_are_reckoned_anew_and_nothing_is_computed(done: Job):
     before = done.report()
     Job(done.folder, done.root, edits={"local = 2.0": "local = 6.0"}).call()

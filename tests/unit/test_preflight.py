@@ -102,7 +102,7 @@ def _group() -> Group:
 
 def test_a_folder_of_a_node_s_own_is_told_from_a_shared_one(tmp_path: Path) -> None:
     mine, other = open_storage(str(tmp_path / "mine")), open_storage(str(tmp_path / "other"))
-    look([], other, _group().key)
+    look([], other, [_group().key])
     require_seen(_group(), other)
     with pytest.raises(UserError, match=r"10\.0\.0\.7 wrote under .*mine, and it is not there for the driver"):
         require_seen(_group(), mine)
@@ -123,9 +123,10 @@ def test_a_folder_of_a_node_s_own_is_told_from_a_shared_one(tmp_path: Path) -> N
 def test_a_node_that_lacks_or_differs_is_told_with_the_remedy(changes: dict[str, Any], says: str) -> None:
     group = _group()
     here = Report("3.11.2", "2.60.0", {})
-    require(group, replace(here, python="3.11.9", packages={"vllm": "vllm 0.32.0"}), here)
+    has = {"vllm": "vllm 0.32.0", "transformers": "transformers 5.19.0", "deepspeed": None}  # the other group's
+    require(group, replace(here, python="3.11.9", packages=has), here)
     with pytest.raises(UserError, match=says):
-        require(group, replace(here, **changes), here)
+        require(group, replace(here, **{"packages": has} | changes), here)
 
 
 def test_the_driver_s_modules_need_neither_engine() -> None:
