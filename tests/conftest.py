@@ -12,8 +12,11 @@ from tests.s3server import S3Server
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ray runs its workers at niceness 15, where whatever else the machine does takes nearly all time from them."""
+    """What a machine shared by several test processes asks for, set before torch and Ray are imported."""
+    # Ray runs its workers at niceness 15, where whatever else the machine does takes nearly all time from them.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Threads of one process would wait for each other busily while another process has the core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from torch import Tensor
 from distill_ray.config.student import TrainSection
 from distill_ray.errors import DistillError, UserError
 from distill_ray.student.module import DistillModule
-from distill_ray.student.operators import load_cpu_operators
 from distill_ray.student.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -106,8 +105,12 @@ class StudentEngine:
         if not section.use_gpu:
             # DeepSpeed chooses its accelerator at import; on a machine with GPUs it would choose them.
             os.environ["DS_ACCELERATOR"] = "cpu"
-            load_cpu_operators()
         import deepspeed
+
+        if not section.use_gpu:
+            # At first use DeepSpeed would compile an operator for reductions in shared memory, in every process and
+            # guarded by a file that a killed one leaves behind. Without it they go through torch, as they do on GPUs.
+            deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
 
         # All ranks of a node see all its GPUs; DeepSpeed takes the one numbered LOCAL_RANK, and so must the weights.
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if section.use_gpu else torch.device("cpu")
