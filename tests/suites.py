@@ -24,10 +24,7 @@ BY_FILE = [*TWO, "--dist", "loadfile", "--no-loadscope-reorder"]
 """Tests of one file share what they start; `tests/stages/conftest.py` begins with the dearest."""
 SUITES: dict[str, dict[str, list[str]]] = {
     # What Ray leaves in processes that connected to clusters cannot reach the others' tests.
-    "core": {
-        "unit": [*TWO, "tests/unit", "tests/gpu", "tests/cluster"],
-        "stages": [*BY_FILE, "tests/stages"],
-    },
+    "core": {"unit": [*TWO, "tests/unit", "tests/gpu", "tests/cluster"], "stages": [*BY_FILE, "tests/stages"]},
     "long": {"long": ["-m", "long"]},
     "kill": {"kill": ["-m", "kill and not slow"]},
     "mutants": {"mutants": [*TWO, "--dist", "loadgroup", "-m", "mutants"]},
