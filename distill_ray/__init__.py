@@ -6,9 +6,15 @@ report = run(load_recipe("jobs/recipes/quickstart.cpu.toml"))
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from distill_ray.config import Recipe, load_recipe
+
+# No process of a run asks a model hub or a statistics server for anything. Here, because transformers and vllm read
+# these when they are imported; in a runtime_env they would cost every process of Ray's a second one before it starts.
+for _name, _value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}.items():
+    os.environ.setdefault(_name, _value)
 
 if TYPE_CHECKING:
     from distill_ray.pipeline import run

@@ -14,9 +14,6 @@ from typing import Any
 from distill_ray.config import Recipe
 from distill_ray.errors import DistillError, UserError
 
-# Workers never ask a model hub or a statistics server for anything.
-_WORKER_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
-
 SAY_FULL_S = 10.0
 """After so long without room for it, a stage says what it waits for."""
 
@@ -192,11 +189,11 @@ def on_this_node() -> dict[str, Any]:
 def _connect(where: str | None, num_cpus: int | None) -> None:
     import ray
 
-    env = {"runtime_env": {"env_vars": _WORKER_ENV}, "log_to_driver": False, "logging_level": logging.CRITICAL}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if where is None:
         cpus = num_cpus or max(4, os.cpu_count() or 1)
         try:
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **env)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         except Exception as error:
             # Ray raises nothing more exact, and its limit cannot be set.
             if "timed out during startup" not in str(error):
@@ -212,7 +209,7 @@ def _connect(where: str | None, num_cpus: int | None) -> None:
         )
     else:
         try:
-            ray.init(address=where, **env)
+            ray.init(address=where, **quiet)
         except (ConnectionError, ValueError, TimeoutError) as error:
             raise UserError(f"no Ray cluster answers at {where}: {error}; start one, or leave --address out") from error
 

@@ -70,7 +70,6 @@ def set_process_environment(section: TeacherSection) -> None:
     The scheduler (EngineCore) gets a process of its own, on CPUs too: what is tested is what runs on GPUs.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if section.use_gpu:
         return

@@ -129,24 +129,22 @@ class Job:
 
     def ask(self, *arguments: str, command: str = "run") -> tuple[int, Called]:
         """Exit code and output of the command line on the session's cluster, in a process with all imports done."""
-        out, err, main, argv = self._on_the_cluster(command, *arguments)
-        found = apart(printing, out, err, main, argv)
+        out, err, argv = self._on_the_cluster(command, *arguments)
+        found = apart(printing, out, err, cli.main, argv)
         return found, Called(out.read_text("utf-8"), err.read_text("utf-8"))
 
     def kill_once(self, there: Callable[[], object], poll_s: float = 0.01) -> None:
         """The driver of a run on the session's cluster, SIGKILLed as soon as `there` gives something true."""
-        out, err, main, argv = self._on_the_cluster("run")
-        with forked(printing, out, err, main, argv) as (process, _):
+        out, err, argv = self._on_the_cluster("run")
+        with forked(printing, out, err, cli.main, argv) as (process, _):
             while not there():
                 assert process.is_alive(), err.read_text("utf-8")
                 time.sleep(poll_s)
 
-    def _on_the_cluster(
-        self, command: str, *arguments: str
-    ) -> tuple[Path, Path, Callable[[list[str]], int], list[str]]:
-        """Files for the output of a command on the session's cluster, what is called, and its arguments."""
+    def _on_the_cluster(self, command: str, *arguments: str) -> tuple[Path, Path, list[str]]:
+        """Files for the output of a command on the session's cluster, and its arguments."""
         out, err = self.folder / f"{uuid.uuid4().hex}.out", self.folder / f"{uuid.uuid4().hex}.err"
-        return out, err, cli.main, [command, str(self.recipe), *arguments, "--address", os.environ[SHARED_CLUSTER]]
+        return out, err, [command, str(self.recipe), *arguments, "--address", os.environ[SHARED_CLUSTER]]
 
     def call(self, *arguments: str, command: str = "run", code: int = 0) -> Called:
         """What `ask` shows of a command that must end with exit code `code`."""
