@@ -369,4 +369,18 @@ MUTANTS = (
         "other = np.empty(0, int)",
         UNIT + "test_audit.py::test_a_sequence_that_is_not_the_corpuss_is_found_at_its_first_token",
     ),
+    Mutant(
+        "an audit that believes a witness of other tokens",
+        "distill_ray/audit/witnessed.py",
+        "if np.array_equal(s.tokens, witness[i].tokens)",
+        "if len(s.tokens) == len(witness[i].tokens)",
+        UNIT + "test_targets_witness.py::test_a_witness_of_other_tokens_is_none",
+    ),
+    Mutant(
+        "rows scored again by the very path that captured",
+        "distill_ray/teacher/hook.py",
+        "self.vllms if aside else self.capture",
+        "self.capture",
+        UNIT + "test_worker_capture.py::test_the_hook_steps_aside_for_vllms_own_method_and_in_again",
+    ),
 )

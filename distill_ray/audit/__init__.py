@@ -6,10 +6,10 @@ rows.py        ids and log-probabilities of a row against the row scored again, 
 columns.py     the row's tails, actual token and entropy
 pair.py        one sequence, stored and scored again
 tolerance.py   how far two runs of one teacher may lie apart, and what that lets through
-dense.py       rows from the whole distribution, in numpy
 unit.py        the audit of one unit
 outcome.py     what was compared and found, in words and as a document
-remote.py      the teacher in one Ray actor
+witnessed.py   what the capture's own teachers answered a second time
+remote.py      the teacher loaded anew, in one Ray actor
 verb.py        the run over the sample, and the document that publishes its outcome
 """
 

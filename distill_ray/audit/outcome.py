@@ -11,8 +11,12 @@ from distill_ray.audit.unit import SequenceFigures
 from distill_ray.targets import RunManifest
 
 SCHEMA_VERSION = 1
-PATHS = {"vllm": "vLLM's public path", "transformers": "transformers, dense"}
-"""Engine → the path by which it scores again."""
+_PATHS = {"vllm": "vLLM's public path", "transformers": "transformers, dense"}
+
+
+def path_of(engine: str, *, loaded: bool) -> str:
+    """The path by which an engine scores again; `loaded`: for the audit, and not by whoever captured."""
+    return _PATHS[engine] + ("" if loaded else ", in the capture")
 
 
 @dataclass
@@ -52,10 +56,15 @@ def _not_compared(manifest: RunManifest, engine: str) -> list[str]:
     return ["entropy", *(f"tail at T = {t:g}" for t in manifest.identity.extra_temperatures)]
 
 
-def limits(manifest: RunManifest, engine: str, tolerance: Tolerance) -> Iterator[str]:
-    """What this audit cannot see, one sentence each."""
+def limits(manifest: RunManifest, engine: str, tolerance: Tolerance, *, loaded: bool) -> Iterator[str]:
+    """What this audit cannot see, one sentence each; `loaded`: it loads the teacher itself."""
+    if not loaded:
+        yield (
+            "scored again by the processes that captured: what they loaded wrongly does not show; "
+            "`distill-ray audit --engine` loads the teacher anew"
+        )
     if missing := _not_compared(manifest, engine):
-        yield f"not compared, {PATHS[engine]} does not give it: {', '.join(missing)}"
+        yield f"not compared, {_PATHS[engine]} does not give it: {', '.join(missing)}"
     if manifest.identity.draws:
         fell = "" if manifest.identity.draws_from == "tail" else " and, over a whole unit, to how many fell in the tail"
         yield f"drawn tokens are held to their log-probabilities{fell}; which of several alike were drawn does not show"
@@ -76,7 +85,9 @@ def sentence(outcome: Outcome) -> str:
     )
 
 
-def document_of(manifest: RunManifest, outcome: Outcome, engine: str, tolerance: Tolerance) -> dict[str, Any]:
+def document_of(
+    manifest: RunManifest, outcome: Outcome, engine: str, tolerance: Tolerance, *, loaded: bool
+) -> dict[str, Any]:
     """Plain JSON values: what was compared, by what, how exactly, and the first difference if there is one."""
     unit, sequence, position = outcome.worst_at or (None, None, None)
     return {
@@ -85,7 +96,7 @@ def document_of(manifest: RunManifest, outcome: Outcome, engine: str, tolerance:
         "failure": outcome.failure,
         "capture": manifest.fingerprint,
         "engine": engine,
-        "path": PATHS[engine],
+        "path": path_of(engine, loaded=loaded),
         "dtype": manifest.identity.teacher["dtype"],
         "tolerance": asdict(tolerance),
         "not_compared": _not_compared(manifest, engine),

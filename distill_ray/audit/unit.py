@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distill_ray import corpus, targets, teacher
-from distill_ray.audit.dense import rows_from_dense
 from distill_ray.audit.drawn import check_draws_fall
 from distill_ray.audit.pair import Difference
 from distill_ray.audit.rows import compare_rows
@@ -19,19 +17,16 @@ from distill_ray.audit.tolerance import Tolerance
 from distill_ray.config import Recipe
 from distill_ray.schema import TargetRows, Unit
 from distill_ray.storage import Storage
-from distill_ray.targets import CaptureIdentity
-from distill_ray.teacher.engine import finite_or_reason
+from distill_ray.targets import CaptureIdentity, StoredSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from distill_ray.teacher import DenseEngine
+Scorer = Callable[[list[np.ndarray]], list[TargetRows | str] | None]
+"""`Engine.score_again`."""
 
-_MORE_RANKS = 64
-"""Least number of ids re-scored beyond the K stored ones: a swap at the last place then meets a value of its own."""
-
-Scorer = Callable[[list[np.ndarray]], list[TargetRows | str]]
-"""Token ids of sequences → rows with R ≥ K ids each, or why there are none."""
+Places = tuple[int, ...]
+"""Of sequences, in the stored order of their unit."""
 
 Found = tuple[int, Difference]
 """A sequence of a unit, and where it differs."""
@@ -62,23 +57,12 @@ def open_scorer(recipe: Recipe, identity: CaptureIdentity, engine: str) -> Score
     Raises:
         UserError: the engine cannot load this teacher.
     """
-    kept = min(identity.vocab_size, max(2 * identity.top_k, identity.top_k + _MORE_RANKS))
     section = recipe.teacher.model_copy(update={"engine": engine})
-    # model_copy validates nothing: R may exceed what a recipe may store. Nothing is drawn again: the public path
-    # cannot, and a stored draw is judged by its log-probability.
+    # Nothing is drawn again: the public path cannot, and a stored draw is judged by its log-probability.
     scored = {"mode": "score", "generate": None, "draws": 0, "draws_from": "all", "draws_temperature": 1.0}
-    capture = recipe.capture.model_copy(update={"top_k": kept, "temperatures": (1.0,), **scored})
-    opened = teacher.open_engine(section, capture, recipe.corpus.window_tokens, path="flat")
-    if engine == "transformers":
-        return partial(_score_densely, cast("DenseEngine", opened), kept, identity.extra_temperatures)
-    return opened.score
-
-
-def _score_densely(
-    engine: DenseEngine, kept: int, temperatures: tuple[float, ...], sequences: list[np.ndarray]
-) -> list[TargetRows | str]:
-    dense = ((s, engine.dense_logprobs(s)) for s in sequences)
-    return [finite_or_reason(rows_from_dense(logprobs_NV, s, kept, temperatures)) for s, logprobs_NV in dense]
+    scored["temperatures"] = identity.temperatures if engine == "transformers" else (1.0,)
+    capture = recipe.capture.model_copy(update=scored)
+    return teacher.open_engine(section, capture, recipe.corpus.window_tokens, path="flat").score_again
 
 
 def check_unit(
@@ -118,19 +102,32 @@ def check_unit(
     return found or check_draws_fall(identity, stored)
 
 
-def score_again(
-    storage: Storage,
-    identity: CaptureIdentity,
-    scorer: Scorer,
-    tolerance: Tolerance,
-    unit: str,
-    sequences: tuple[int, ...],
-) -> SequenceFigures:
-    """Compare the rows of some sequences of a unit, by their places in the stored order, with the teacher's."""
+def read_sequences(storage: Storage, identity: CaptureIdentity, unit: str, places: Places) -> list[StoredSequence]:
+    """Some sequences of a unit, by their places in the stored order."""
     reader = targets.open_unit(storage, identity, unit)
-    stored = [reader.sequences(i, i + 1)[0] for i in sequences]
+    return [reader.sequences(i, i + 1)[0] for i in places]
+
+
+def score_again(
+    storage: Storage, identity: CaptureIdentity, scorer: Scorer, tolerance: Tolerance, unit: str, places: Places
+) -> SequenceFigures:
+    """Compare the rows of some sequences of a unit with the teacher's of now."""
+    stored = read_sequences(storage, identity, unit, places)
+    again = scorer([s.tokens for s in stored])
+    assert again is not None, "an engine opened for its public path has it"
+    return compare_again(identity, tolerance, places, stored, again)
+
+
+def compare_again(
+    identity: CaptureIdentity,
+    tolerance: Tolerance,
+    places: Places,
+    stored: list[StoredSequence],
+    scored: list[TargetRows | str],
+) -> SequenceFigures:
+    """Compare the rows of some sequences of a unit with the same scored again."""
     found = SequenceFigures()
-    for i, sequence, again in zip(sequences, stored, scorer([s.tokens for s in stored]), strict=True):
+    for i, sequence, again in zip(places, stored, scored, strict=True):
         if isinstance(again, str):
             refused = Difference(0, f"the teacher captured this sequence and cannot score it again: {again}")
             return SequenceFigures(found.rows, found.worst, found.worst_at, found.moved_mass, (i, refused))

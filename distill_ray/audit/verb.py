@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distill_ray import corpus
-from distill_ray.audit.outcome import PATHS, Outcome, document_of, limits, sentence
+from distill_ray.audit.outcome import Outcome, document_of, limits, path_of, sentence
 from distill_ray.audit.sample import UnitSample, choose, whole
 from distill_ray.audit.tolerance import MEAN_ROWS, Tolerance, tolerance_of
 from distill_ray.audit.unit import Found
+from distill_ray.audit.witnessed import WitnessAuditor
 from distill_ray.config import Recipe
 from distill_ray.cost import metered
 from distill_ray.errors import IntegrityError, UserError
@@ -58,8 +60,8 @@ def run(
 ) -> dict[str, Any]:
     """Compare a sample of the run's targets with its corpus and its teacher; publish the outcome as "audit".
 
-    Ray must be initialised; the teacher runs in one actor. Of a sampled unit every sequence is compared with the
-    corpus, and the sampled ones are scored again in full.
+    Of a sampled unit every sequence is compared with the corpus, and the sampled ones are scored again in full: they
+    were when they were captured, or one actor loads the teacher for it. Ray must be initialised.
 
     Args:
         recipe: the run; [audit] says how much is compared, and by which engine.
@@ -83,28 +85,46 @@ def run(
     # Whatever comes of this one, an older outcome must not let training begin.
     publish(storage, token, "audit", None)
     entry = read_published(storage, recipe.run_prefix)["targets"]
-    if recipe.audit.units:
-        samples = whole(manifest, recipe.audit.units)
-    else:
-        samples = choose(manifest, entry["sha256"], recipe.audit.sequences)
     engine = recipe.teacher.engine if recipe.audit.engine == "auto" else recipe.audit.engine
     tolerance = _tolerance(recipe, manifest)
-    with progress("audit", sum(len(s.sequences) for s in samples), "sequences") as bar:
-        bar.note(f"{len(samples)} of {len(manifest.units)} units, scored again by {PATHS[engine]}")
-        for text in limits(manifest, engine, tolerance):
+    witnesses, samples = _choose(recipe, storage, manifest, entry["sha256"], tolerance, stop)
+    with progress("audit", _sequences(samples), "sequences") as bar:
+        path = path_of(engine, loaded=witnesses is None)
+        bar.note(f"{len(samples)} of {len(manifest.units)} units, scored again by {path}")
+        for text in limits(manifest, engine, tolerance, loaded=witnesses is None):
             bar.note(text)
         units = _sources(recipe, storage, manifest, samples)
-        with (
-            metered(recipe, storage, token, "audit") as meter,
-            remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop, bar.note, meter) as auditor,
-        ):
+        with ExitStack() as stack:
+            auditor = witnesses
+            if auditor is None:
+                meter = stack.enter_context(metered(recipe, storage, token, "audit"))
+                remote = remote_auditor(recipe, storage, manifest.identity, engine, tolerance, stop, bar.note, meter)
+                auditor = stack.enter_context(remote)
             outcome = _compare(storage, manifest, samples, units, auditor, tolerance, bar)
         bar.note(sentence(outcome))
-    document = document_of(manifest, outcome, engine, tolerance)
+    document = document_of(manifest, outcome, engine, tolerance, loaded=witnesses is None)
     _publish(recipe, storage, token, entry["sha256"], document)
     if outcome.failure is not None:
         raise IntegrityError(outcome.failure)
     return document
+
+
+def _choose(
+    recipe: Recipe, storage: Storage, manifest: RunManifest, seed: str, tolerance: Tolerance, stop: threading.Event
+) -> tuple[WitnessAuditor | None, list[UnitSample]]:
+    """What is compared; and with what, where the capture's teachers have scored enough of it twice."""
+    if recipe.audit.units:
+        return None, whole(manifest, recipe.audit.units)
+    if recipe.audit.sampled:
+        witnesses = WitnessAuditor(recipe, storage, manifest, tolerance, stop)
+        witnessed = witnesses.choose(seed)
+        if _sequences(witnessed) >= min(recipe.audit.sequences, manifest.sequences):
+            return witnesses, witnessed
+    return None, choose(manifest, seed, recipe.audit.sequences)
+
+
+def _sequences(samples: list[UnitSample]) -> int:
+    return sum(len(s.sequences) for s in samples)
 
 
 def _tolerance(recipe: Recipe, manifest: RunManifest) -> Tolerance:
@@ -119,7 +139,7 @@ def _compare(
     manifest: RunManifest,
     samples: list[UnitSample],
     units: Mapping[str, Unit],
-    auditor: RemoteAuditor,
+    auditor: WitnessAuditor | RemoteAuditor,
     tolerance: Tolerance,
     bar: Progress,
 ) -> Outcome:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,7 +19,7 @@ import ray.data
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from distill_ray import corpus
+from distill_ray import corpus, targets
 from distill_ray.capture.pool import TASK_CPUS, Work
 from distill_ray.capture.scaling import teachers_for
 from distill_ray.capture.stages import FAILED_STARTS, Teacher, from_row, not_started, read, to_row, write
@@ -81,6 +81,7 @@ def _pipeline(work: Work) -> ray.data.Dataset:
     small: dict[str, Any] = {"num_cpus": TASK_CPUS, "label_selector": recipe.cluster.besides("student") or None}
     # The tokenizer travels as an object: a machine that only tokenises need not stage the teacher's weights.
     tokenizer_ref = ray.put(work.tokenizer)
+    witnesses = targets.to_witness(pending, recipe.audit.sampled)
     as_is: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     with _unit_sized_blocks():
         # Not from_arrow(): each block is looked at in a task of its own there, which asks for a CPU, and for thousands
@@ -94,6 +95,7 @@ def _pipeline(work: Work) -> ray.data.Dataset:
                     generate=recipe.capture.generate,
                     most_tokens=corpus.most_unit_tokens(work.identity.top_k, work.identity.draws),
                     tokenizer_ref=[tokenizer_ref],
+                    witnesses=witnesses,
                 ),
                 **small,
                 compute=ray.data.TaskPoolStrategy(tasks),
@@ -162,9 +164,16 @@ def _tokenizer(ref: ray.ObjectRef) -> Any:
 
 
 def _read_row(
-    table: pa.Table, section: Any, generate: Any, most_tokens: int, tokenizer_ref: list[ray.ObjectRef]
+    table: pa.Table,
+    section: Any,
+    generate: Any,
+    most_tokens: int,
+    tokenizer_ref: list[ray.ObjectRef],
+    witnesses: Mapping[str, int],
 ) -> pa.Table:
-    return to_row(read(unit_of(table), section, _tokenizer(tokenizer_ref[0]), most_tokens, generate))
+    unit = unit_of(table)
+    asked = witnesses.get(unit.hash, 0)
+    return to_row(read(unit, section, _tokenizer(tokenizer_ref[0]), most_tokens, generate, asked))
 
 
 def _write_row(table: pa.Table, storage: Storage, identity: CaptureIdentity) -> pa.Table:

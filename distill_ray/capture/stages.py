@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,8 @@ class ReadUnit:
     dead: list[DeadLetter]
     prompts: bool = False
     """The sequences are to be answered."""
+    witnesses: int = 0
+    """Sequences of which the teacher is to leave a witness (`targets.write_witness`)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class TaughtUnit:
     rows: list[TargetRows]
     dead: list[DeadLetter]
     seconds: float
+    witness: Mapping[int, targets.Witness]
+    """By place in `sequences`."""
     engine: str = ""
     """What computed them, and its version."""
     notes: tuple[str, ...] = ()
@@ -85,13 +89,14 @@ def read(
     tokenizer: PreTrainedTokenizerBase,
     most_tokens: int | None = None,
     generate: GenerateSection | None = None,
+    witnesses: int = 0,
 ) -> ReadUnit:
     """Read one source slice and turn it into sequences, or with `generate` into prompts."""
     if generate is not None:
         prompts, dead = corpus.read_unit_prompts(unit, section, generate, tokenizer, most_tokens=most_tokens)
-        return ReadUnit(unit, prompts, dead, prompts=True)
+        return ReadUnit(unit, prompts, dead, prompts=True, witnesses=witnesses)
     sequences, dead = corpus.read_unit_sequences(unit, section, tokenizer, most_tokens=most_tokens)
-    return ReadUnit(unit, sequences, dead)
+    return ReadUnit(unit, sequences, dead, witnesses=witnesses)
 
 
 def teach(engine: Engine, work: ReadUnit) -> TaughtUnit:
@@ -109,13 +114,21 @@ def teach(engine: Engine, work: ReadUnit) -> TaughtUnit:
         else:
             kept.append(result[0])
             rows.append(result[1])
-    return TaughtUnit(work.unit, kept, rows, dead, seconds, engine.version, engine.notes)
+    witness = _scored_again(engine, work.unit, kept, work.witnesses)
+    return TaughtUnit(work.unit, kept, rows, dead, seconds, witness, engine.version, engine.notes)
 
 
 def _scored(engine: Engine, sequences: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:
     results = engine.score([s.tokens for s in sequences]) if sequences else []
     for i, (sequence, rows) in enumerate(zip(sequences, results, strict=True)):
         yield f"sequence {i} ({len(sequence.tokens)} tokens): {rows}" if isinstance(rows, str) else (sequence, rows)
+
+
+def _scored_again(engine: Engine, unit: Unit, sequences: list[Sequence], count: int) -> dict[int, targets.Witness]:
+    chosen = targets.places(unit.hash, len(sequences), count)
+    tokens = [sequences[i].tokens for i in chosen]
+    again = engine.score_again(tokens) if tokens else None
+    return dict(zip(chosen, map(targets.Witness, tokens, again), strict=True)) if again else {}
 
 
 def _answered(engine: Engine, prompts: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:
@@ -151,9 +164,11 @@ def write(storage: Storage, identity: CaptureIdentity, taught: TaughtUnit) -> Un
             pass  # replaced below: the unit is here because its object was missing or broken
         try:
             storage.put_if(key, data, None if info is None else info.version)
-            return summary
         except ConflictError:
             continue
+        if taught.witness:
+            targets.write_witness(storage, identity, taught.unit.hash, taught.witness)
+        return summary
     raise StorageError(f"{storage.uri}/{key}: {_WRITES} writes in a row met another writer's; run again")
 
 

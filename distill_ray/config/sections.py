@@ -144,17 +144,23 @@ class CaptureSection(Section):
 
 class AuditSection(Section):
     sequences: Placement[int] = Field(default=8, ge=0)
-    """Stored sequences scored again before training, one of each unit before a second of any; 0: train unaudited."""
+    """Stored sequences compared with the teacher's second answer before training, one of each unit before a second of
+    any; 0: train unaudited."""
     units: Placement[Listed[tuple[str, ...]]] = ()
     """Units (hashes) scored again whole, instead of a sample."""
     engine: Placement[Literal["auto", "vllm", "transformers"]] = "auto"
-    """`vllm`: its public path, never the one inside its workers; `transformers`: the dense reference; `auto`: that of
-    teacher.engine."""
+    """`vllm`: its public path, never the one inside its workers; `transformers`: the dense reference; both load the
+    teacher once more. `auto`: that of teacher.engine, by the capture's own teachers as far as these answered twice."""
 
     @property
     def is_on(self) -> bool:
         """Whether anything is scored again."""
         return bool(self.sequences or self.units)
+
+    @property
+    def sampled(self) -> int:
+        """Sequences for which teachers that capture answer a second time."""
+        return self.sequences if self.engine == "auto" else 0
 
 
 class EvaluateSection(Section):

@@ -171,7 +171,11 @@ def remove_units(
 ) -> None:
     """Take units out of the index, then remove their objects. `hashes` ascend."""
     targets.drop_units(storage, capture, hashes)
-    _delete(storage, (targets.unit_key(capture, unit) for unit in texts(hashes)))
+    going, witnessed = texts(hashes), list(targets.witnessed(storage, capture))
+    # Before the objects: nobody could tell any more what a witness by itself was made from.
+    alone = {unit for unit in witnessed if storage.head(targets.unit_key(capture, unit)) is None}
+    _delete(storage, (targets.witness_key(capture, unit) for unit in alone.union(going).intersection(witnessed)))
+    _delete(storage, (targets.unit_key(capture, unit) for unit in going))
     shown(len(hashes))
 
 

@@ -15,6 +15,15 @@ from distill_ray.targets.manifest import (
     write_run_manifest,
 )
 from distill_ray.targets.reader import UnitReader, UnitTargets, decode_rows, open_unit, read_unit
+from distill_ray.targets.witness import (
+    Witness,
+    places,
+    read_witness,
+    to_witness,
+    witness_key,
+    witnessed,
+    write_witness,
+)
 from distill_ray.targets.writer import encode_unit
 
 __all__ = [
@@ -27,6 +36,7 @@ __all__ = [
     "StoredSequence",
     "UnitReader",
     "UnitTargets",
+    "Witness",
     "append_index",
     "capture_prefix",
     "decode_draws",
@@ -42,11 +52,17 @@ __all__ = [
     "object_sizes",
     "offsets_of",
     "open_unit",
+    "places",
     "read_run_manifest",
     "read_unit",
+    "read_witness",
     "stored_row_bytes",
     "target_objects",
+    "to_witness",
     "unit_key",
     "units_of_lost_manifest",
+    "witness_key",
+    "witnessed",
     "write_run_manifest",
+    "write_witness",
 ]

@@ -4,7 +4,7 @@
 Importing this package imports neither torch nor vllm.
 """
 
-from distill_ray.teacher.engine import CapturePath, DenseEngine, Engine, open_engine, resolve_dtype, vocabulary_size
+from distill_ray.teacher.engine import CapturePath, Engine, open_engine, resolve_dtype, vocabulary_size
 from distill_ray.teacher.generation import Answer, writing_of
 from distill_ray.teacher.placement import actor_resources, needed_resources
 from distill_ray.teacher.weights import weights_identity
@@ -12,7 +12,6 @@ from distill_ray.teacher.weights import weights_identity
 __all__ = [
     "Answer",
     "CapturePath",
-    "DenseEngine",
     "Engine",
     "actor_resources",
     "needed_resources",

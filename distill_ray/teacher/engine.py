@@ -17,6 +17,13 @@ CONCRETE_DTYPES = ("float32", "bfloat16", "float16")
 CapturePath = Literal["auto", "worker", "flat"]
 """How rows leave vLLM: from inside its workers, by its public path, or the first where it can be had. The rows are the
 same within the engine's arithmetic, so the path is no part of what targets are; only entropy is missing in "flat"."""
+_MORE_RANKS = 64
+"""Least number of ids scored again beyond the K stored ones: a swap at the last place then meets a value of its own."""
+
+
+def ids_again(top_k: int, vocab_size: int) -> int:
+    """R ≥ K, the ids of a row that is scored again."""
+    return min(vocab_size, max(2 * top_k, top_k + _MORE_RANKS))
 
 
 class Engine(Protocol):
@@ -46,6 +53,14 @@ class Engine(Protocol):
         """
         ...
 
+    def score_again(self, sequences: list[np.ndarray]) -> list[TargetRows | str] | None:
+        """Rows of `ids_again` ids each and without draws, by a path that shares nothing with `score` but the model.
+
+        Returns:
+            As `score`; None where this engine has no such path while it captures.
+        """
+        ...
+
     def answer(self, prompts: list[np.ndarray]) -> list[list[Answer | str]]:
         """Complete each prompt as `capture.generate` says, and score what comes out.
 
@@ -59,14 +74,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give the memory and the processes back. The engine cannot be used again."""
-        ...
-
-
-class DenseEngine(Engine, Protocol):
-    """An engine that can also show the whole distribution."""
-
-    def dense_logprobs(self, tokens: np.ndarray) -> np.ndarray:
-        """[n] token ids → [N, V] float32 log-probabilities of token t+1 given tokens ≤ t."""
         ...
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -74,6 +75,7 @@ class CaptureWorker:
 
         # Set here and not in the class: vLLM refuses an extension with a name that its worker has already.
         self._capture_store: RowStore | None = None
+        self._capture_hook: Hook | None = None
         if not get_pp_group().is_last_rank:
             return ""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
@@ -86,7 +88,7 @@ class CaptureWorker:
             reducer = TileReducer(head, group, top_k, tuple(temperatures), drawn)
             # A rank that gave up its step would leave the others waiting for its part: there the engine has to end.
             fail = store.fail if group.world_size == 1 else None
-            install(runner, _taker(reducer, store if keep else None, drawn is not None), fail)
+            self._capture_hook = install(runner, _taker(reducer, store if keep else None, drawn is not None), fail)
         except (UnknownEngineError, AttributeError, ImportError) as error:
             if not _is_engines(error):
                 raise
@@ -98,6 +100,22 @@ class CaptureWorker:
     def capture_fetch(self, requests: list[str]) -> bytes:
         """Words of finished requests, in the order of the names; nothing from a worker that keeps none."""
         return b"" if self._capture_store is None else self._capture_store.pop(requests)
+
+    @_as_value
+    def capture_aside(self, aside: bool) -> str:
+        """Let prompt log-probabilities leave by vLLM's own way, or by the hook again; no request may be in flight.
+
+        Returns:
+            An empty text, or why not: the hook stays.
+        """
+        hook = self._capture_hook
+        if hook is None:
+            return ""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if aside and hook.owner is runner and runner.device.type != "cpu":
+            return "the V1 model runner shows the head all prompt rows of a step at once, beyond vLLM's memory profile"
+        hook.step(aside)
+        return ""
 
     @_as_value
     def capture_recomputed(self) -> int:
@@ -115,7 +133,21 @@ def _is_engines(error: UnknownEngineError | AttributeError | ImportError) -> boo
     return owner.partition(".")[0] == "vllm"
 
 
-def install(runner: Any, take: Take, fail: Callable[[str], None] | None = None) -> None:
+@dataclass(frozen=True)
+class Hook:
+    """What stands in for a method of vLLM's, and that method."""
+
+    owner: Any
+    name: str
+    capture: Callable[..., dict[str, Any]]
+    vllms: Callable[..., dict[str, Any]]
+
+    def step(self, aside: bool) -> None:
+        """From the next step on vLLM's own method answers, or the hook."""
+        setattr(self.owner, self.name, self.vllms if aside else self.capture)
+
+
+def install(runner: Any, take: Take, fail: Callable[[str], None] | None = None) -> Hook:
     """Hook into a V1 or V2 model runner.
 
     Args:
@@ -130,11 +162,14 @@ def install(runner: Any, take: Take, fail: Callable[[str], None] | None = None) 
     if worker is not None:
         _expect(worker, "compute_prompt_logprobs", _V2)
         _expect_attributes(worker, ("uses_prompt_logprobs",))
-        worker.compute_prompt_logprobs = _telling(_hook_v2(worker, take), fail)
+        owner, name, capture = worker, "compute_prompt_logprobs", _hook_v2(worker, take)
     else:
         _expect(runner, "_get_prompt_logprobs_dict", _V1)
         _expect_attributes(runner, ("num_prompt_logprobs", "requests", "query_start_loc", "input_batch"))
-        runner._get_prompt_logprobs_dict = _telling(_hook_v1(runner, take), fail)
+        owner, name, capture = runner, "_get_prompt_logprobs_dict", _hook_v1(runner, take)
+    hook = Hook(owner, name, _telling(capture, fail), getattr(owner, name))
+    hook.step(aside=False)
+    return hook
 
 
 def _expect(owner: Any, method: str, parameters: list[str]) -> None:

@@ -18,8 +18,9 @@ from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import UserError
 from distill_ray.model_config import attention_implementation
 from distill_ray.schema import Draws, TargetRows
+from distill_ray.teacher.dense import rows_from_dense
 from distill_ray.teacher.draws import DrawSpec, draw_from_logits
-from distill_ray.teacher.engine import finite_or_reason, refusal
+from distill_ray.teacher.engine import finite_or_reason, ids_again, refusal
 from distill_ray.teacher.generation import Answer, Completion, answers, cut, joined, writing_of
 from distill_ray.teacher.seeds import row_keys, sequence_hash
 from distill_ray.teacher.transformers_generation import write_completion
@@ -32,7 +33,7 @@ _BLOCK_BYTES = 2**26
 
 
 class TransformersEngine:
-    """`Engine` and `DenseEngine` over a transformers causal language model; one sequence a forward pass, no padding."""
+    """`Engine` over a transformers causal language model; one sequence a forward pass, no padding."""
 
     notes: tuple[str, ...] = ()
 
@@ -70,6 +71,14 @@ class TransformersEngine:
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
         return [refusal(s, self._vocab, self._window) or finite_or_reason(self._score_one(s)) for s in sequences]
+
+    def score_again(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
+        kept = ids_again(self._top_k, self._vocab)
+        dense = (refusal(s, self._vocab, self._window) or self.dense_logprobs(s) for s in sequences)
+        return [
+            d if isinstance(d, str) else finite_or_reason(rows_from_dense(d, s, kept, self._temperatures))
+            for s, d in zip(sequences, dense, strict=True)
+        ]
 
     def answer(self, prompts: list[np.ndarray]) -> list[list[Answer | str]]:
         if self._writing is None:

@@ -26,7 +26,7 @@ from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import CannotCaptureError, DistillError, IntegrityError
 from distill_ray.schema import TargetRows
 from distill_ray.teacher.draws import DrawSpec
-from distill_ray.teacher.engine import CapturePath, finite_or_reason, refusal
+from distill_ray.teacher.engine import CapturePath, finite_or_reason, ids_again, refusal
 from distill_ray.teacher.flat import rows_from_flat
 from distill_ray.teacher.generation import Answer, Completion, answers, joined, writing_of
 from distill_ray.teacher.seeds import hash_in_name, named_for_draws
@@ -80,11 +80,10 @@ class VllmEngine:
         self._in_flight = _WAVES_IN_FLIGHT * max(section.batch_tokens, window_tokens)
         self._request = itertools.count()
         self._engine: Any = None
-        self._params: Any = None
         arguments = partial(engine_arguments, section, capture, window_tokens, folder, vocab_size)
         unknown = _unknown_version()
         if path != "flat" and not unknown:
-            self._open(arguments(in_worker=True) | dict(more), in_worker=True)
+            self._open(arguments(in_worker=True) | dict(more))
             unknown = self._install()
             if not unknown:
                 self.path: CapturePath = "worker"
@@ -92,7 +91,7 @@ class VllmEngine:
             # Opened anew: the public path bounds the rows of a prompt's chunk, which the worker path need not.
             self.close()
         self.notes = _may_fall_back(path, unknown, section, capture)
-        self._open(arguments(in_worker=False) | dict(more), in_worker=False)
+        self._open(arguments(in_worker=False) | dict(more))
         self.path = "flat"
 
     @property
@@ -110,20 +109,10 @@ class VllmEngine:
         """Rows that vLLM computed more than once after preemptions; many of them ask for a greater KV cache."""
         return sum(self._ask("capture_recomputed")) if self.path == "worker" else 0
 
-    def _open(self, arguments: dict[str, Any], in_worker: bool) -> None:
-        from vllm import EngineArgs, LLMEngine, SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    def _open(self, arguments: dict[str, Any]) -> None:
+        from vllm import EngineArgs, LLMEngine
 
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        self._params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            # In the worker path any number makes the runner call the hook, which knows K itself.
-            prompt_logprobs=0 if in_worker else self._top_k,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
     def _install(self) -> str | None:
         draws = None if self._draws is None else list(astuple(self._draws))
@@ -146,6 +135,21 @@ class VllmEngine:
         return [result for _, result in answers]
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
+        return self._scored(sequences, None if self.path == "worker" else self._top_k)
+
+    def score_again(self, sequences: list[np.ndarray]) -> list[TargetRows | str] | None:
+        """By vLLM's public path, in the worker path past the hook."""
+        kept = ids_again(self._top_k, self._vocab)
+        if self.path == "flat":
+            return self._scored(sequences, kept)
+        try:
+            return None if any(self._ask("capture_aside", True)) else self._scored(sequences, kept)
+        finally:
+            self._ask("capture_aside", False)
+
+    def _scored(self, sequences: list[np.ndarray], kept: int | None) -> list[TargetRows | str]:
+        """Rows with so many ids from vLLM's flat lists; None: those that the hook keeps, which knows K itself."""
+        params = _params(kept or 0)
         results: list[TargetRows | str | None] = [refusal(s, self._vocab, self._window) for s in sequences]
         waiting = iter([i for i, reason in enumerate(results) if reason is None])
         running: dict[str, tuple[int, str]] = {}
@@ -153,7 +157,7 @@ class VllmEngine:
         queued = ready = 0  # tokens; those whose rows wait in the worker count as queued, so its memory is bounded
         while True:
             while queued < self._in_flight and (i := next(waiting, None)) is not None:
-                name, inside = self._submit(sequences[i])
+                name, inside = self._submit(sequences[i], params)
                 running[name] = i, inside
                 queued += len(sequences[i])
             if not running:
@@ -162,10 +166,10 @@ class VllmEngine:
                 i, inside = running.pop(output.request_id)
                 finished.append((i, inside))
                 ready += len(sequences[i])
-                if self.path == "flat":
-                    results[i] = self._flat_rows(output.prompt_logprobs, sequences[i])
-            if self.path == "flat" or not running or 2 * ready >= self._in_flight:
-                if self.path == "worker":
+                if kept is not None:
+                    results[i] = self._flat_rows(output.prompt_logprobs, sequences[i], kept)
+            if kept is not None or not running or 2 * ready >= self._in_flight:
+                if kept is None:
                     for i, rows in self._fetch(finished, sequences):
                         results[i] = rows
                 queued, ready, finished = queued - ready, 0, []
@@ -181,14 +185,14 @@ class VllmEngine:
         scored = self.score([joined(p, c) for p, found in pairs for c in found if isinstance(c, Completion)])
         return answers(prompts, written, scored)
 
-    def _submit(self, tokens: np.ndarray) -> tuple[str, str]:
+    def _submit(self, tokens: np.ndarray, params: Any) -> tuple[str, str]:
         """Queue one sequence; its name outside and inside the engine, which makes names unique."""
         from vllm.inputs.engine import tokens_input
 
         name = f"s{next(self._request)}"
         if self._draws is not None:
             name = named_for_draws(name, tokens)
-        add = partial(self._engine.add_request, name, tokens_input(tokens.tolist()), self._params)
+        add = partial(self._engine.add_request, name, tokens_input(tokens.tolist()), params)
         inside = self._or_die(add, _REFUSALS)
         if self._draws is not None:
             hash_in_name(inside)  # refused here, where it is an error, and not in the worker, whose errors end it
@@ -228,17 +232,25 @@ class VllmEngine:
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 
-    def _flat_rows(self, flat: Any, tokens: np.ndarray) -> TargetRows | str:
+    def _flat_rows(self, flat: Any, tokens: np.ndarray, kept: int) -> TargetRows | str:
         # Never iterate FlatLogprobs: that builds a dict for each position.
-        rows = rows_from_flat(
-            np.asarray(flat.token_ids),
-            np.asarray(flat.logprobs),
-            np.asarray(flat.ranks),
-            tokens,
-            self._top_k,
-            self._vocab,
-        )
-        return finite_or_reason(rows)
+        ids, values, ranks = (np.asarray(entries) for entries in (flat.token_ids, flat.logprobs, flat.ranks))
+        return finite_or_reason(rows_from_flat(ids, values, ranks, tokens, kept, self._vocab))
+
+
+def _params(prompt_logprobs: int) -> Any:
+    """To read a prompt, with so many of its log-probabilities; with any number the runner calls the hook, too."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=prompt_logprobs,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _unknown_version() -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
+from distill_ray.teacher.engine import ids_again
 
 _HEAD_BYTES = 2**29
 """Most bytes of one request's float32 logits in one step."""
@@ -54,7 +55,7 @@ def engine_arguments(
             "max_model_len": window_tokens + 1,
             "max_num_batched_tokens": most,
             "max_num_seqs": min(256, section.batch_tokens),
-            "max_logprobs": capture.top_k,
+            "max_logprobs": ids_again(capture.top_k, vocab_size),
             # With it, the rows of a shared prefix would be skipped.
             "enable_prefix_caching": False,
             "enforce_eager": not section.use_gpu,

@@ -121,6 +121,8 @@ class SimulatedTeacher:
         self._note(started)
         return found
 
+    def score_again(self, sequences: list[np.ndarray]) -> None: ...
+
     def close(self) -> None: ...
 
     def _note(self, since: float) -> None:

@@ -33,6 +33,10 @@ class Scored:
     """The path that vLLM's rows took."""
     recomputed_rows: int = 0
     """Rows that vLLM computed more than once, after a preemption."""
+    again: list[TargetRows | str] | None = None
+    """Scored again by the engine's other path."""
+    after: list[TargetRows | str] | None = None
+    """Scored a third time, as at first."""
     output: str = ""
     """What the process printed."""
 
@@ -46,6 +50,8 @@ class How:
     """Further arguments of `vllm.EngineArgs`."""
     vocab_size: int | None = None
     """V instead of the model's own."""
+    thrice: bool = False
+    """Score again by the other path, too, and after that as at first."""
 
 
 def vllm_section(folder: Path, **changes: object) -> TeacherSection:
@@ -104,6 +110,8 @@ def main(request: str, result: str) -> None:
     scored = Scored(rows, opened - started, time.monotonic() - opened)
     if isinstance(engine, VllmEngine):
         scored = replace(scored, path=engine.path, recomputed_rows=engine.recomputed_rows)
+    if how is not None and how.thrice:
+        scored = replace(scored, again=engine.score_again(sequences), after=engine.score(sequences))
     engine.close()
     Path(result).write_bytes(pickle.dumps(scored))
 

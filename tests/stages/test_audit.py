@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 
 from distill_ray import corpus, targets
 from distill_ray.audit.tolerance import tolerance_of
-from distill_ray.audit.unit import Found, Scorer, check_unit, open_scorer, score_again
-from distill_ray.capture import capture_identity
+from distill_ray.audit.unit import Found
+from distill_ray.audit.witnessed import WitnessAuditor
 from distill_ray.codec import encode
 from distill_ray.config import load_recipe
 from distill_ray.lease import Lease, publish
@@ -99,8 +100,9 @@ def _planned(unit: targets.ManifestUnit) -> Unit:
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher has scored every sequence twice."""
     folder = tmp_path_factory.mktemp("captured")
-    Job(folder, str(folder / "root"), audit=6).call(command="capture")
+    Job(folder, str(folder / "root"), audit=1000).call(command="capture")
     return folder
 
 
@@ -122,48 +124,42 @@ def test_sound_targets_pass_and_are_not_audited_twice(job: Job):
     entry = job.published()["audit"]
     assert entry["passed"]
     assert (entry["path"], entry["dtype"], entry["sequences"], entry["units"]) == (
-        "transformers, dense",
+        "transformers, dense, in the capture",
         "float32",
         6,
         6,
     )
     assert entry["worst_nats"] < 1e-4
-    assert re.search(r"audit     done: 6 sequences, [\d,]+ rows by transformers, dense \(float32\)", shown(job))
+    assert re.search(
+        r"audit     done: 6 sequences, [\d,]+ rows by transformers, dense, in the capture \(float32\)", shown(job)
+    )
     again = job.call(command="audit")
     assert "scored again" not in again.stderr
     assert job.published()["audit"] == entry
 
 
-@pytest.fixture(scope="module")
-def scorer(captured: Path) -> Scorer:
-    """The dense reference in this process."""
-    recipe = load_recipe(captured / "recipe.toml")
-    return open_scorer(recipe, capture_identity(recipe), "transformers")
-
-
-def audit_whole(job: Job, unit: str, scorer: Scorer) -> Found | None:
+def audit_whole(job: Job, unit: str) -> Found | None:
     """What the audit does with one unit and all its sequences."""
     recipe, storage = load_recipe(job.recipe), open_storage(job.root)
     manifest = targets.read_run_manifest(storage, job.published()["targets"])
-    identity, stored = manifest.identity, next(u for u in manifest.units if u.unit == unit)
-    tokenizer = corpus.load_tokenizer(recipe.teacher.model, False)
-    (source,) = [u for u in corpus.plan_units(recipe.corpus, identity.tokenizer, storage) if u.hash == unit]
-    found = check_unit(storage, identity, recipe, tokenizer, source, stored.object_sha256)
-    places = tuple(range(len(stored.lengths)))
-    return found or score_again(storage, identity, scorer, tolerance_of("float32", None), unit, places).difference
+    auditor = WitnessAuditor(recipe, storage, manifest, tolerance_of("float32", None), threading.Event())
+    stored = next(u for u in manifest.units if u.unit == unit)
+    (source,) = [u for u in corpus.plan_units(recipe.corpus, manifest.identity.tokenizer, storage) if u.hash == unit]
+    found = auditor.check(source, stored.object_sha256)
+    return found or auditor.score(unit, tuple(range(len(stored.lengths)))).difference
 
 
 @pytest.mark.parametrize("change", [one_row_shift, one_swapped_id, a_third_of_a_nat], ids=lambda c: c.__name__)
-def test_one_wrong_row_of_a_sealed_object_is_found_at_its_position(change: Plant, job: Job, scorer: Scorer):
+def test_one_wrong_row_of_a_sealed_object_is_found_at_its_position(change: Plant, job: Job):
     planted = plant(job, change)
-    found = audit_whole(job, planted.unit, scorer)
+    found = audit_whole(job, planted.unit)
     assert found is not None
     assert (found[0], found[1].position) == (planted.sequence, planted.position)
 
 
-def test_training_does_not_start_on_wrong_targets_and_the_remedy_works(job: Job, scorer: Scorer):
+def test_training_does_not_start_on_wrong_targets_and_the_remedy_works(job: Job):
     planted = plant(job, a_third_of_a_nat)
-    # Of a named unit every sequence is audited.
+    # Of a named unit every sequence is audited, by a teacher that is loaded for it.
     job = Job(job.folder, job.root, edits={"sequences = 0": f'units = ["{planted.unit}"]'})
     failed = job.call(command="train", code=1)
     assert "Traceback" not in failed.stderr
@@ -176,7 +172,7 @@ def test_training_does_not_start_on_wrong_targets_and_the_remedy_works(job: Job,
     job.call(command="capture")
     assert job.published()["targets"]["captured"] == 1
     assert "audit     to do" in shown(job)
-    assert audit_whole(job, planted.unit, scorer) is None
+    assert audit_whole(job, planted.unit) is None
 
 
 @pytest.mark.slow
@@ -186,7 +182,7 @@ def test_what_vllms_workers_captured_is_what_its_public_path_gives(tmp_path: Pat
     passed = job.call(command="audit")
     print(passed.stderr)
     entry = job.published()["audit"]
-    assert (entry["passed"], entry["path"]) == (True, "vLLM's public path")
+    assert (entry["passed"], entry["path"]) == (True, "vLLM's public path, in the capture")
     planted = plant(job, one_swapped_id)
     failed = job.call("--unit", planted.unit, command="audit", code=1)
     assert f"sequence {planted.sequence}, position {planted.position}:" in failed.stderr
@@ -202,4 +198,4 @@ def test_drawn_tokens_of_vllms_workers_pass_its_public_path(drawn: str, tmp_path
     print(passed.stderr)
     assert "drawn tokens are held to their log-probabilities" in passed.stderr
     entry = job.published()["audit"]
-    assert (entry["passed"], entry["path"], entry["sequences"]) == (True, "vLLM's public path", 6)
+    assert (entry["passed"], entry["path"], entry["sequences"]) == (True, "vLLM's public path, in the capture", 6)

@@ -64,6 +64,9 @@ class Watched:
             log.write(json.dumps([os.getpid(), sequences[0].tolist()]) + "\n")
         return self._engine.score(sequences)
 
+    def score_again(self, sequences: list[np.ndarray]) -> list[TargetRows | str] | None:
+        return self._engine.score_again(sequences)
+
     def close(self) -> None:
         self._engine.close()
 

@@ -15,7 +15,8 @@ def test_a_vllm_teacher_is_audited_and_teaches_on_a_real_s3_server(tmp_path: Pat
     small = {"teacher": wide_teacher(), "epochs": 1, "edits": {"unit_bytes = 2048": "unit_bytes = 8192"}}
     job = Job(tmp_path, s3_uri, engine="vllm", zero_stage=2, audit=4, **small)
     job.run()
-    assert job.published()["audit"]["sequences"] >= 4
+    entry = job.published()["audit"]
+    assert (entry["path"], entry["sequences"]) == ("vLLM's public path, in the capture", 4)
     assert job.report()["after"]["kl_t1"] < job.report()["before"]["kl_t1"]
     assert "model.safetensors" in job.exported()
     assert job.latest()["version"] == "v1"

@@ -5,6 +5,7 @@ Every engine starts in a process of its own. The engines here mix the chunks of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,24 @@ def _both(folder: Path, tmp_path: Path, more: dict[str, Any], **changes: object)
 
 
 @pytest.mark.long
-def test_worker_path_is_the_public_path(tmp_path: Path) -> None:
-    _assert_same(*_both(smollm2_folder(), tmp_path, CHUNKED))
+def test_worker_path_is_the_public_path_of_another_engine_and_of_its_own(tmp_path: Path) -> None:
+    folder = smollm2_folder()
+    section, sequences = vllm_section(folder), prose_sequences(folder, LENGTHS)
+    worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", CHUNKED, thrice=True))
+    _assert_same(worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED)))
+    own = [_best(rows, K) for rows in worker.again or []]
+    _assert_same(worker, replace(worker, path="flat", rows=own))
+    assert worker.after is not None
+    _assert_same(replace(worker, rows=worker.after), replace(worker, path="flat", rows=own))
+
+
+def _best(rows: TargetRows | str, kept: int) -> TargetRows:
+    """The first `kept` ids of rows with 2 K, and the tail beyond them."""
+    assert isinstance(rows, TargetRows)
+    assert rows.ids_NK.shape[1] == 2 * K
+    tail_N = np.exp(rows.log_tail_N) + np.exp(rows.logprobs_NK[:, kept:]).sum(1)
+    ids_NK, logprobs_NK = rows.ids_NK[:, :kept], rows.logprobs_NK[:, :kept]
+    return replace(rows, ids_NK=ids_NK, logprobs_NK=logprobs_NK, log_tail_N=np.log(tail_N))
 
 
 def _whole(folder: Path, sequences: list[np.ndarray], tmp_path: Path, **changes: object) -> list[np.ndarray]:

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_ray import corpus, targets
-from distill_ray.audit.dense import rows_from_dense
 from distill_ray.audit.rows import RowFigures, compare_rows
 from distill_ray.audit.sample import UnitSample, choose, whole
 from distill_ray.audit.source import check_alignment, compare_source
@@ -30,6 +29,7 @@ from distill_ray.errors import UserError
 from distill_ray.schema import UNKNOWN_RECORD, DeadLetter, Sequence, TargetRows, UnitSummary
 from distill_ray.storage import open_storage
 from distill_ray.targets import ManifestUnit, RunManifest, StoredSequence
+from distill_ray.teacher.dense import rows_from_dense
 from distill_ray.teacher.flat import log_tail
 from tests.unit.targets_fakes import exact_rows, identity, log_softmax, unit
 

@@ -11,7 +11,6 @@ import torch
 
 from distill_ray import targets
 from distill_ray.audit import unit as audited
-from distill_ray.audit.dense import rows_from_dense
 from distill_ray.audit.drawn import check_draws_fall
 from distill_ray.audit.outcome import limits
 from distill_ray.audit.rows import RowFigures, compare_rows
@@ -19,6 +18,7 @@ from distill_ray.audit.tolerance import tolerance_of
 from distill_ray.config import parse_recipe
 from distill_ray.schema import COUNT_SHIFT, Draws, Sequence, TargetRows
 from distill_ray.targets import CaptureIdentity, RunManifest, StoredDraws, StoredSequence
+from distill_ray.teacher.dense import rows_from_dense
 from distill_ray.teacher.draws import DrawSpec, draw_from_logits
 from distill_ray.teacher.seeds import row_keys, sequence_hash
 from distill_ray.teacher.wire import draws_from_words
@@ -182,16 +182,18 @@ def test_the_teacher_that_scores_again_draws_nothing(draws_from: str, monkeypatc
         }
     )
     asked = []
-    opened = SimpleNamespace(score=lambda sequences: [])
+    opened = SimpleNamespace(score_again=lambda sequences: [])
     monkeypatch.setattr(audited.teacher, "open_engine", lambda *given, **_: asked.append(given) or opened)
     audited.open_scorer(recipe, of, "vllm")
     ((_, section, _),) = asked
-    assert section.top_k == R
+    assert section.top_k == K
     assert DrawSpec.of(section) is None
     assert type(section).model_validate(section.model_dump()) == section
 
 
 def test_what_the_audit_cannot_see_of_draws_is_said() -> None:
-    said = [list(limits(RunManifest(of, ()), "transformers", FLOAT32)) for of in (identity(V, K), drawing())]
+    said = [
+        list(limits(RunManifest(of, ()), "transformers", FLOAT32, loaded=True)) for of in (identity(V, K), drawing())
+    ]
     assert said[0] == []
     assert any("drawn tokens are held to" in text for text in said[1])

@@ -435,7 +435,7 @@ def test_engine_arguments_for_capture() -> None:
     on_cpu = engine_arguments(_section(engine="vllm"), capture, 100, Path("m"), 512)
     assert on_cpu["max_model_len"] == 101
     assert on_cpu["enable_prefix_caching"] is False
-    assert on_cpu["max_logprobs"] == 128
+    assert on_cpu["max_logprobs"] == 256
     assert (on_cpu["enforce_eager"], on_cpu["distributed_executor_backend"]) == (True, "mp")
     on_gpu = engine_arguments(_section(use_gpu=True, tensor_parallel=2), capture, 4096, Path("m"), 128_256)
     assert (on_gpu["gpu_memory_utilization"], on_gpu["distributed_executor_backend"]) == (0.9, "mp")

@@ -89,6 +89,37 @@ def test_v1_rows_after_preemption_come_again() -> None:
     assert [(s.start, s.count) for spans in taken.spans for s in spans if s.request == "a"] == [(0, 3), (0, 4)]
 
 
+def test_the_hook_steps_aside_for_vllms_own_method_and_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, taken = RunnerV1(), Taken()
+    runner._get_prompt_logprobs_dict = lambda hidden_states, num_scheduled_tokens: {"a": "vLLM's own"}  # type: ignore[method-assign]
+    worker = _worker(monkeypatch, runner)
+    worker._capture_hook = install(runner, taken)
+    assert runner.step({"a": 3}) == {}
+    assert worker.capture_aside(True) == ["", ""]
+    assert runner.step({"a": 1}) == {"a": "vLLM's own"}
+    assert worker.capture_aside(False) == ["", ""]
+    assert runner.step({"b": 2}) == {}
+    assert [spans[0].request for spans in taken.spans] == ["a", "b"]
+
+
+def test_the_hook_stays_where_vllms_own_method_knows_no_bound_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = RunnerV1()
+    worker = _worker(monkeypatch, runner)
+    worker._capture_hook = hook = install(runner, Taken())
+    runner.device = torch.device("cuda")
+    failure, reason = worker.capture_aside(True)
+    assert (failure, "beyond vLLM's memory profile" in (reason or "")) == ("", True)
+    assert runner._get_prompt_logprobs_dict is hook.capture
+    logprobs = PromptLogprobsWorkerV2(8)  # the V2 runner shows the head 1,024 rows at a time
+    v2: Any = SimpleNamespace(prompt_logprobs_worker=logprobs, device=torch.device("cuda"))
+    worker = _worker(monkeypatch, v2)
+    worker._capture_hook = install(v2, Taken())
+    assert worker.capture_aside(True) == ["", ""]
+    assert logprobs.compute_prompt_logprobs is worker._capture_hook.vllms
+    worker._capture_hook = None  # a pipeline stage that is not the last
+    assert worker.capture_aside(True) == ["", ""]
+
+
 class PromptLogprobsWorkerV2:
     def __init__(self, slots: int) -> None:
         self.uses_prompt_logprobs = np.zeros(slots, bool)

@@ -54,6 +54,9 @@ class SlowEngine:
         time.sleep(self._seconds)
         return self._engine.score(sequences)
 
+    def score_again(self, sequences: list[np.ndarray]) -> list[TargetRows | str] | None:
+        return self._engine.score_again(sequences)
+
     def close(self) -> None:
         self._engine.close()
 
