@@ -370,11 +370,11 @@ MUTANTS = (
         UNIT + "test_audit.py::test_a_sequence_that_is_not_the_corpuss_is_found_at_its_first_token",
     ),
     Mutant(
-        "an audit that believes a witness of other tokens",
-        "distill_ray/audit/witnessed.py",
-        "if np.array_equal(s.tokens, witness[i].tokens)",
-        "if len(s.tokens) == len(witness[i].tokens)",
-        UNIT + "test_targets_witness.py::test_a_witness_of_other_tokens_is_none",
+        "an audit by the capture's own teachers after a loaded one failed",
+        "distill_ray/audit/verb.py",
+        'not last["passed"] and',
+        'last["passed"] and',
+        UNIT + "test_targets_witness.py::test_the_teacher_is_loaded_where_it_was_not_asked_twice",
     ),
     Mutant(
         "rows scored again by the very path that captured",

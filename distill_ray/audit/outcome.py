@@ -11,12 +11,14 @@ from distill_ray.audit.unit import SequenceFigures
 from distill_ray.targets import RunManifest
 
 SCHEMA_VERSION = 1
+IN_CAPTURE = ", in the capture"
+"""Ends the name of a path by which the teachers scored again that captured."""
 _PATHS = {"vllm": "vLLM's public path", "transformers": "transformers, dense"}
 
 
 def path_of(engine: str, *, loaded: bool) -> str:
     """The path by which an engine scores again; `loaded`: for the audit, and not by whoever captured."""
-    return _PATHS[engine] + ("" if loaded else ", in the capture")
+    return _PATHS[engine] + ("" if loaded else IN_CAPTURE)
 
 
 @dataclass

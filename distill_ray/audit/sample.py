@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -27,29 +27,30 @@ class UnitSample:
     """Ascending places in the stored order."""
 
 
-def choose(
-    manifest: RunManifest,
-    seed: str,
-    sequences: int,
-    places: Callable[[ManifestUnit], Listing[int]] = lambda unit: range(len(unit.lengths)),
-    among: Container[str] | None = None,
-) -> list[UnitSample]:
+def choose(manifest: RunManifest, seed: str, sequences: int) -> list[UnitSample]:
     """`sequences` of the manifest's, or all where there are fewer: one of each unit before a second of any.
 
     Args:
         manifest: the run's targets.
         seed: what makes another choice; the manifest's SHA-256, so that every week looks elsewhere.
         sequences: how many.
-        places: of the sequences of a unit that may be chosen.
-        among: units that may be chosen; None: all.
     """
     counts_U = pc.call_function("list_value_length", [manifest.units.table["lengths"]]).to_numpy()
     # Objects only of units that get a sequence: a manifest may name millions.
-    ranked = (
-        (_rank(seed, name), at) for at, name in _names(manifest) if counts_U[at] and (among is None or name in among)
-    )
+    ranked = ((_rank(seed, name), at) for at, name in _names(manifest) if counts_U[at])
     units = [manifest.units[at] for _, at in nsmallest(sequences, ranked)]
-    choices = [sorted(places(unit), key=lambda i, u=unit: _rank(seed, u.unit, i)) for unit in units]
+    return spread([(unit, range(len(unit.lengths))) for unit in units], seed, sequences)
+
+
+def spread(units: Listing[tuple[ManifestUnit, Listing[int]]], seed: str, sequences: int) -> list[UnitSample]:
+    """`sequences` of these units, or all where there are fewer: one of each unit before a second of any.
+
+    Args:
+        units: each with the places of its sequences that may be chosen.
+        seed: what makes another choice.
+        sequences: how many.
+    """
+    choices = [sorted(places, key=lambda i, u=unit: _rank(seed, u.unit, i)) for unit, places in units]
     left = min(sequences, sum(map(len, choices)))
     counts = [0] * len(units)
     while left:
@@ -58,7 +59,7 @@ def choose(
                 counts[i] += 1
                 left -= 1
     each = zip(units, choices, counts, strict=True)
-    return [UnitSample(unit, tuple(sorted(choice[:count]))) for unit, choice, count in each if count]
+    return [UnitSample(unit, tuple(sorted(choice[:count]))) for (unit, _), choice, count in each if count]
 
 
 def whole(manifest: RunManifest, units: Listing[str]) -> list[UnitSample]:

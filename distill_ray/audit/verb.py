@@ -6,12 +6,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distill_ray import corpus
-from distill_ray.audit.outcome import Outcome, document_of, limits, path_of, sentence
+from distill_ray.audit.outcome import IN_CAPTURE, Outcome, document_of, limits, path_of, sentence
 from distill_ray.audit.sample import UnitSample, choose, whole
 from distill_ray.audit.tolerance import MEAN_ROWS, Tolerance, tolerance_of
 from distill_ray.audit.unit import Found
@@ -82,16 +83,17 @@ def run(
     from distill_ray.audit.remote import remote_auditor
 
     require_sample(recipe)
+    published = read_published(storage, recipe.run_prefix)
+    entry, last = published["targets"], published.get("audit")
     # Whatever comes of this one, an older outcome must not let training begin.
     publish(storage, token, "audit", None)
-    entry = read_published(storage, recipe.run_prefix)["targets"]
     engine = recipe.teacher.engine if recipe.audit.engine == "auto" else recipe.audit.engine
     tolerance = _tolerance(recipe, manifest)
-    witnesses, samples = _choose(recipe, storage, manifest, entry["sha256"], tolerance, stop)
-    with progress("audit", _sequences(samples), "sequences") as bar:
+    witnesses, samples, notes = _choose(recipe, storage, manifest, entry["sha256"], tolerance, stop, last)
+    with progress("audit", sum(len(s.sequences) for s in samples), "sequences") as bar:
         path = path_of(engine, loaded=witnesses is None)
         bar.note(f"{len(samples)} of {len(manifest.units)} units, scored again by {path}")
-        for text in limits(manifest, engine, tolerance, loaded=witnesses is None):
+        for text in (*notes, *limits(manifest, engine, tolerance, loaded=witnesses is None)):
             bar.note(text)
         units = _sources(recipe, storage, manifest, samples)
         with ExitStack() as stack:
@@ -110,21 +112,30 @@ def run(
 
 
 def _choose(
-    recipe: Recipe, storage: Storage, manifest: RunManifest, seed: str, tolerance: Tolerance, stop: threading.Event
-) -> tuple[WitnessAuditor | None, list[UnitSample]]:
-    """What is compared; and with what, where the capture's teachers have scored enough of it twice."""
+    recipe: Recipe,
+    storage: Storage,
+    manifest: RunManifest,
+    seed: str,
+    tolerance: Tolerance,
+    stop: threading.Event,
+    last: Mapping[str, Any] | None,
+) -> tuple[WitnessAuditor | None, list[UnitSample], list[str]]:
+    """What is compared; with what, where the capture's teachers have scored enough of it twice; and what to say."""
     if recipe.audit.units:
-        return None, whole(manifest, recipe.audit.units)
-    if recipe.audit.sampled:
-        witnesses = WitnessAuditor(recipe, storage, manifest, tolerance, stop)
-        witnessed = witnesses.choose(seed)
-        if _sequences(witnessed) >= min(recipe.audit.sequences, manifest.sequences):
-            return witnesses, witnessed
-    return None, choose(manifest, seed, recipe.audit.sequences)
-
-
-def _sequences(samples: list[UnitSample]) -> int:
-    return sum(len(s.sequences) for s in samples)
+        return None, whole(manifest, recipe.audit.units), []
+    samples = partial(choose, manifest, seed, recipe.audit.sequences)
+    if not recipe.audit.sampled:
+        return None, samples(), []
+    if last is not None and not last["passed"] and last["targets"] == seed and not last["path"].endswith(IN_CAPTURE):
+        # A teacher that was loaded for it said no: those that captured are no judges of that.
+        return None, samples(), ["the last audit loaded the teacher and failed, so this one loads it, too"]
+    witnesses = WitnessAuditor(recipe, storage, manifest, tolerance, stop)
+    found = witnesses.choose(seed)
+    have, wanted = sum(len(s.sequences) for s in found), min(recipe.audit.sequences, manifest.sequences)
+    if have >= wanted:
+        return witnesses, found, witnesses.notes
+    why = f"teachers scored {have} of the {wanted} sequences twice when they captured, so the teacher is loaded"
+    return None, samples(), [*witnesses.notes, why]
 
 
 def _tolerance(recipe: Recipe, manifest: RunManifest) -> Tolerance:

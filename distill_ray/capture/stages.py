@@ -114,8 +114,8 @@ def teach(engine: Engine, work: ReadUnit) -> TaughtUnit:
         else:
             kept.append(result[0])
             rows.append(result[1])
-    witness = _scored_again(engine, work.unit, kept, work.witnesses)
-    return TaughtUnit(work.unit, kept, rows, dead, seconds, witness, engine.version, engine.notes)
+    witness, notes = _scored_again(engine, work.unit, kept, work.witnesses)
+    return TaughtUnit(work.unit, kept, rows, dead, seconds, witness, engine.version, (*engine.notes, *notes))
 
 
 def _scored(engine: Engine, sequences: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:
@@ -124,11 +124,17 @@ def _scored(engine: Engine, sequences: list[Sequence]) -> Iterator[tuple[Sequenc
         yield f"sequence {i} ({len(sequence.tokens)} tokens): {rows}" if isinstance(rows, str) else (sequence, rows)
 
 
-def _scored_again(engine: Engine, unit: Unit, sequences: list[Sequence], count: int) -> dict[int, targets.Witness]:
+def _scored_again(
+    engine: Engine, unit: Unit, sequences: list[Sequence], count: int
+) -> tuple[dict[int, targets.Witness], tuple[str, ...]]:
+    """Witnesses by place; what went wrong with them costs no row: the audit can load the teacher instead."""
     chosen = targets.places(unit.hash, len(sequences), count)
     tokens = [sequences[i].tokens for i in chosen]
-    again = engine.score_again(tokens) if tokens else None
-    return dict(zip(chosen, map(targets.Witness, tokens, again), strict=True)) if again else {}
+    try:
+        again = engine.score_again(tokens) if tokens else None
+    except DistillError as error:
+        return {}, (f"no second answer for the audit: {error}",)
+    return dict(zip(chosen, map(targets.Witness, tokens, again), strict=True)) if again else {}, ()
 
 
 def _answered(engine: Engine, prompts: list[Sequence]) -> Iterator[tuple[Sequence, TargetRows] | str]:

@@ -15,7 +15,7 @@ import numpy as np
 from distill_ray import corpus, targets
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.forgotten import read_forgotten, record_forgotten
-from distill_ray.gc.garbage import remove_units
+from distill_ray.gc.garbage import remove_lone_witnesses, remove_units
 from distill_ray.gc.references import Run, read_runs
 from distill_ray.registry import read_latest
 from distill_ray.storage import NotFoundError, Storage, glob_to_regex
@@ -157,6 +157,8 @@ def forget(storage: Storage, found: Found, shown: Callable[[int], None] = lambda
         )
     for capture, hashes in found.units.items():
         remove_units(storage, capture, hashes, shown)
+    for capture in _captures(storage):
+        remove_lone_witnesses(storage, capture)
 
 
 def _manifest(storage: Storage, run: Run) -> targets.RunManifest | None:
@@ -173,10 +175,9 @@ def _manifest(storage: Storage, run: Run) -> targets.RunManifest | None:
 
 def _stored(storage: Storage, shown: Callable[[int], None]) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
     """Of every capture: unit → content of its source; and the keys of objects that do not say."""
-    captures = sorted({match[1] for info in storage.list("targets/") if (match := _CAPTURE.match(info.key))})
     found: dict[str, dict[str, str]] = {}
     unreadable: list[str] = []
-    for capture in captures:
+    for capture in _captures(storage):
         contents = found[capture] = dict[str, str]()
         names = (unit for unit, _ in targets.each_object(storage, capture))
 
@@ -198,6 +199,10 @@ def _stored(storage: Storage, shown: Callable[[int], None]) -> tuple[dict[str, d
                         contents[unit] = content
                 shown(len(batch))
     return found, tuple(unreadable)
+
+
+def _captures(storage: Storage) -> list[str]:
+    return sorted({match[1] for info in storage.list("targets/") if (match := _CAPTURE.match(info.key))})
 
 
 def _ascending(units: Iterable[str]) -> np.ndarray:

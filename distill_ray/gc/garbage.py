@@ -171,12 +171,24 @@ def remove_units(
 ) -> None:
     """Take units out of the index, then remove their objects. `hashes` ascend."""
     targets.drop_units(storage, capture, hashes)
-    going, witnessed = texts(hashes), list(targets.witnessed(storage, capture))
+    going = texts(hashes)
     # Before the objects: nobody could tell any more what a witness by itself was made from.
-    alone = {unit for unit in witnessed if storage.head(targets.unit_key(capture, unit)) is None}
-    _delete(storage, (targets.witness_key(capture, unit) for unit in alone.union(going).intersection(witnessed)))
+    witnessed = set(targets.witnessed(storage, capture)).intersection(going)
+    _delete(storage, (targets.witness_key(capture, unit) for unit in witnessed))
     _delete(storage, (targets.unit_key(capture, unit) for unit in going))
     shown(len(hashes))
+
+
+def remove_lone_witnesses(storage: Storage, capture: str) -> None:
+    """Of units whose object is gone by other hands."""
+
+    def look(unit: str) -> None:
+        if storage.head(targets.unit_key(capture, unit)) is None:
+            storage.delete(targets.witness_key(capture, unit))
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(look, targets.witnessed(storage, capture)):
+            pass
 
 
 def _delete(storage: Storage, keys: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,12 @@ def to_witness(pending: Units, sequences: int) -> dict[str, int]:
     """Unit → of how many sequences the capture is to leave a witness.
 
     Args:
-        pending: units to capture. Those with the smallest hashes are chosen, which nobody can foresee from a text.
+        pending: units to capture, which happens in the order of their hashes; the ends of these choose some anywhere.
         sequences: as many as the audit compares; 0: none.
     """
     wanted = _SPARE * sequences
-    chosen = texts(pending.hashes[:wanted])
+    ends = np.ascontiguousarray(pending.hashes).view("S8").reshape(-1, 4)[:, 3]
+    chosen = texts(pending.hashes[np.argsort(ends, kind="stable")[:wanted]])
     return dict.fromkeys(chosen, -(-wanted // max(1, len(chosen))))
 
 
@@ -89,19 +90,19 @@ def read_witness(storage: Storage, capture: CaptureIdentity | str, unit: str) ->
         if not found:
             raise ValueError("it holds no sequence")
         return {place: _witness(columns) for place, columns in found.items()}
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise IntegrityError(
-            f"witness {storage.uri}/{key} is damaged ({type(error).__name__}: {error}); delete it: the audit then "
-            "takes another one, or loads the teacher"
-        ) from error
+    except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"witness {storage.uri}/{key} is damaged ({type(error).__name__}: {error})") from error
 
 
-def witnessed(storage: Storage, capture: CaptureIdentity | str) -> Iterator[str]:
-    """Hashes of the units of a capture that have a witness."""
+def witnessed(storage: Storage, capture: CaptureIdentity | str) -> list[str]:
+    """Hashes of the units of a capture that have a witness, the newest first."""
     prefix = capture_prefix(capture)
-    for info in storage.list(f"{prefix}witness/"):
-        if match := _NAME.fullmatch(info.key[len(prefix) :]):
-            yield match[1]
+    found = [
+        (-info.modified, match[1])
+        for info in storage.list(f"{prefix}witness/")
+        if (match := _NAME.fullmatch(info.key[len(prefix) :]))
+    ]
+    return [unit for _, unit in sorted(found)]
 
 
 def _arrays(witness: Witness) -> dict[str, np.ndarray]:

@@ -31,6 +31,7 @@ from distill_ray.teacher.head import ShardHead, UnknownEngineError
 from distill_ray.teacher.spans import Span, actual_v1, actual_v2, keys_of, rows_of, spans_v1, spans_v2
 from distill_ray.teacher.store import RowStore
 from distill_ray.teacher.tiles import TileReducer
+from distill_ray.teacher.vllm_setup import HEAD_BYTES
 
 Take = Callable[[list[Span], torch.Tensor, torch.Tensor], None]
 """(spans, hidden states of the step, actual next tokens) → rows kept."""
@@ -112,8 +113,12 @@ class CaptureWorker:
         if hook is None:
             return ""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        if aside and hook.owner is runner and runner.device.type != "cpu":
-            return "the V1 model runner shows the head all prompt rows of a step at once, beyond vLLM's memory profile"
+        if aside and hook.owner is runner:
+            # V2 shows the head 1,024 rows at a time; V1 those of a request's whole chunk, outside vLLM's profile.
+            rows = min(runner.max_num_tokens, runner.max_model_len)
+            size = 4 * rows * runner.model_config.get_vocab_size()
+            if size > HEAD_BYTES:
+                return f"{size:,} bytes of logits at once in vLLM's V1 model runner, {HEAD_BYTES:,} may be"
         hook.step(aside)
         return ""
 

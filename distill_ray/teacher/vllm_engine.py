@@ -71,6 +71,7 @@ class VllmEngine:
         more: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.notes: tuple[str, ...] = ()
+        self._wanted = path
         if path == "flat":
             _may_fall_back(path, None, section, capture)
         set_process_environment(section)
@@ -140,10 +141,13 @@ class VllmEngine:
     def score_again(self, sequences: list[np.ndarray]) -> list[TargetRows | str] | None:
         """By vLLM's public path, in the worker path past the hook."""
         kept = ids_again(self._top_k, self._vocab)
-        if self.path == "flat":
-            return self._scored(sequences, kept)
+        if self.path == "flat":  # where capture fell back to it, it is no other path
+            return self._scored(sequences, kept) if self._wanted == "flat" else None
         try:
-            return None if any(self._ask("capture_aside", True)) else self._scored(sequences, kept)
+            if reason := next(filter(None, self._ask("capture_aside", True)), None):
+                self.notes = (f"the audit will load the teacher once more: {reason}",)
+                return None
+            return self._scored(sequences, kept)
         finally:
             self._ask("capture_aside", False)
 

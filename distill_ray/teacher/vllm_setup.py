@@ -9,7 +9,7 @@ from typing import Any
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.teacher.engine import ids_again
 
-_HEAD_BYTES = 2**29
+HEAD_BYTES = 2**29
 """Most bytes of one request's float32 logits in one step."""
 
 
@@ -29,7 +29,7 @@ def engine_arguments(
         of_path: dict[str, Any] = {"worker_extension_cls": "distill_ray.teacher.hook.CaptureWorker"}
     else:
         # Of one request, so many rows meet the head at once as [rows, V] float32, outside vLLM's memory profile.
-        chunk = min(window_tokens, max(64, _HEAD_BYTES // (4 * vocab_size)))
+        chunk = min(window_tokens, max(64, HEAD_BYTES // (4 * vocab_size)))
         of_path = {"long_prefill_token_threshold": chunk}
     if capture.generate is not None and not section.use_gpu:
         # vLLM 0.32 takes back what a request's own generator drew for a prompt's chunk, which CPU generators refuse.

@@ -29,6 +29,8 @@ class RunnerV1:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+        self.max_num_tokens, self.max_model_len = 8192, 1024
+        self.model_config: Any
         self.num_prompt_logprobs = dict.fromkeys(PROMPTS, 0)
         self.requests = {r: SimpleNamespace(num_computed_tokens=0, prompt_token_ids=p) for r, p in PROMPTS.items()}
         self.query_start_loc = SimpleNamespace(np=np.zeros(9, np.int32))
@@ -94,6 +96,7 @@ def test_the_hook_steps_aside_for_vllms_own_method_and_in_again(monkeypatch: pyt
     runner._get_prompt_logprobs_dict = lambda hidden_states, num_scheduled_tokens: {"a": "vLLM's own"}  # type: ignore[method-assign]
     worker = _worker(monkeypatch, runner)
     worker._capture_hook = install(runner, taken)
+    runner.model_config = SimpleNamespace(get_vocab_size=lambda: 131_072)
     assert runner.step({"a": 3}) == {}
     assert worker.capture_aside(True) == ["", ""]
     assert runner.step({"a": 1}) == {"a": "vLLM's own"}
@@ -106,12 +109,15 @@ def test_the_hook_stays_where_vllms_own_method_knows_no_bound_of_memory(monkeypa
     runner = RunnerV1()
     worker = _worker(monkeypatch, runner)
     worker._capture_hook = hook = install(runner, Taken())
-    runner.device = torch.device("cuda")
+    runner.model_config, runner.max_model_len = SimpleNamespace(get_vocab_size=lambda: 131_072), 1025
     failure, reason = worker.capture_aside(True)
-    assert (failure, "beyond vLLM's memory profile" in (reason or "")) == ("", True)
+    assert (failure, reason) == (
+        "",
+        "537,395,200 bytes of logits at once in vLLM's V1 model runner, 536,870,912 may be",
+    )
     assert runner._get_prompt_logprobs_dict is hook.capture
     logprobs = PromptLogprobsWorkerV2(8)  # the V2 runner shows the head 1,024 rows at a time
-    v2: Any = SimpleNamespace(prompt_logprobs_worker=logprobs, device=torch.device("cuda"))
+    v2: Any = SimpleNamespace(prompt_logprobs_worker=logprobs)
     worker = _worker(monkeypatch, v2)
     worker._capture_hook = install(v2, Taken())
     assert worker.capture_aside(True) == ["", ""]
