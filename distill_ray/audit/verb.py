@@ -85,8 +85,9 @@ def run(
     require_sample(recipe)
     published = read_published(storage, recipe.run_prefix)
     entry, last = published["targets"], published.get("audit")
-    # Whatever comes of this one, an older outcome must not let training begin.
-    publish(storage, token, "audit", None)
+    if last is None or last["passed"]:
+        # Whatever comes of this one, an older outcome must not let training begin; one that failed does not.
+        publish(storage, token, "audit", None)
     engine = recipe.teacher.engine if recipe.audit.engine == "auto" else recipe.audit.engine
     tolerance = _tolerance(recipe, manifest)
     witnesses, samples, notes = _choose(recipe, storage, manifest, entry["sha256"], tolerance, stop, last)
