@@ -164,6 +164,21 @@ class TargetRows:
     draws: Draws | None = None
     """None where the capture keeps none."""
 
+    @classmethod
+    def joined(cls, parts: list[TargetRows]) -> TargetRows:
+        """Those of consecutive rows; all parts hold the same columns, and there is one at least."""
+        first, entropies = parts[0], [p.entropy_N for p in parts if p.entropy_N is not None]
+        return cls(
+            ids_NK=np.concatenate([p.ids_NK for p in parts]),
+            logprobs_NK=np.concatenate([p.logprobs_NK for p in parts]),
+            log_tail_N=np.concatenate([p.log_tail_N for p in parts]),
+            actual_logprob_N=np.concatenate([p.actual_logprob_N for p in parts]),
+            actual_rank_N=np.concatenate([p.actual_rank_N for p in parts]),
+            entropy_N=np.concatenate(entropies) if entropies else None,
+            log_tail_at={t: np.concatenate([p.log_tail_at[t] for p in parts]) for t in first.log_tail_at},
+            draws=None if first.draws is None else Draws.joined([p.draws for p in parts if p.draws is not None]),
+        )
+
 
 @dataclass(frozen=True)
 class UnitSummary:

@@ -30,16 +30,7 @@ def rows_from_dense(
         _block(logprobs_NV[a : a + step].astype(np.float64), tokens[1 + a : 1 + a + step], kept, temperatures)
         for a in range(0, n, step)
     ]
-    entropies = [p.entropy_N for p in parts if p.entropy_N is not None]
-    return TargetRows(
-        ids_NK=np.concatenate([p.ids_NK for p in parts]),
-        logprobs_NK=np.concatenate([p.logprobs_NK for p in parts]),
-        log_tail_N=np.concatenate([p.log_tail_N for p in parts]),
-        actual_logprob_N=np.concatenate([p.actual_logprob_N for p in parts]),
-        actual_rank_N=np.concatenate([p.actual_rank_N for p in parts]),
-        entropy_N=np.concatenate(entropies),
-        log_tail_at={t: np.concatenate([p.log_tail_at[t] for p in parts]) for t in temperatures},
-    )
+    return TargetRows.joined(parts)
 
 
 def _block(logprobs_NV: np.ndarray, next_N: np.ndarray, kept: int, temperatures: tuple[float, ...]) -> TargetRows:

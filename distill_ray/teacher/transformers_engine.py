@@ -130,7 +130,7 @@ class TransformersEngine:
                         rows = replace(rows, draws=self._drawn(self._draws, z_RV, keys_R, rows.logprobs_NK[:, 0]))
                     parts.append(rows)
                     done += len(z_RV)
-        return _joined(parts)
+        return TargetRows.joined(parts)
 
     def _drawn(self, spec: DrawSpec, z_RV: torch.Tensor, keys_R: np.ndarray, top_logprob_R: np.ndarray) -> Draws:
         """By the same code as in vLLM's workers: equal logits give equal draws. `z_RV` is overwritten."""
@@ -202,18 +202,3 @@ def _top_ids(logits_RV: torch.Tensor, top_k: int) -> torch.Tensor:
     ids = ids.sort(dim=-1).values
     order = logits_RV.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
     return ids.gather(1, order)
-
-
-def _joined(parts: list[TargetRows]) -> TargetRows:
-    entropies = [p.entropy_N for p in parts if p.entropy_N is not None]
-    drawn = [p.draws for p in parts if p.draws is not None]
-    return TargetRows(
-        ids_NK=np.concatenate([p.ids_NK for p in parts]),
-        logprobs_NK=np.concatenate([p.logprobs_NK for p in parts]),
-        log_tail_N=np.concatenate([p.log_tail_N for p in parts]),
-        actual_logprob_N=np.concatenate([p.actual_logprob_N for p in parts]),
-        actual_rank_N=np.concatenate([p.actual_rank_N for p in parts]),
-        entropy_N=np.concatenate(entropies),
-        log_tail_at={t: np.concatenate([p.log_tail_at[t] for p in parts]) for t in parts[0].log_tail_at},
-        draws=Draws.joined(drawn) if drawn else None,
-    )
