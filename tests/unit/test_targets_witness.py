@@ -7,6 +7,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from distill_ray.audit import verb, witnessed
 from distill_ray.audit.tolerance import tolerance_of
 from distill_ray.audit.witnessed import WitnessAuditor
 from distill_ray.capture.stages import ReadUnit, TaughtUnit, teach, write
-from distill_ray.config.sections import AuditSection
+from distill_ray.config.sections import AuditSection, TeacherSection
 from distill_ray.errors import IntegrityError, StoppedError
 from distill_ray.gc.garbage import remove_units
+from distill_ray.lease import Lease, publish, read_published
 from distill_ray.schema import TargetRows
 from distill_ray.storage import Storage, open_storage
 from distill_ray.targets import ManifestUnit, RunManifest, Witness
@@ -237,3 +239,24 @@ def test_the_teacher_is_loaded_where_it_was_not_asked_twice(auditor: WitnessAudi
     by_witness, places = chosen(sequences=2)
     assert (by_witness, len(places)) == (False, 2)
     assert said[-1] == "teachers scored 1 of the 2 sequences twice when they captured, so the teacher is loaded"
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_failed_outcome_stands_when_the_next_audit_is_killed_and_a_passed_one_does_not(
+    passed: bool, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class _KilledError(Exception):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise _KilledError
+
+    monkeypatch.setattr(verb, "_tolerance", killed)
+    recipe: Any = SimpleNamespace(run_prefix="runs/tiny/v1", audit=AuditSection(), teacher=TeacherSection(model="/m"))
+    last = {"key": "runs/tiny/v1/audit.json", "passed": passed}
+    with Lease.acquire(storage, recipe.run_prefix) as lease:
+        publish(storage, lease.token, "targets", {"key": "runs/tiny/v1/targets.parquet", "sha256": "a"})
+        publish(storage, lease.token, "audit", last)
+        with pytest.raises(_KilledError):
+            verb.run(recipe, storage, RunManifest(OF, ()), lease.token, threading.Event())
+    assert read_published(storage, recipe.run_prefix).get("audit") == (None if passed else last)
