@@ -24,6 +24,9 @@ class CorpusSection(Section):
     """`text`: one a record; `prompt_completion`: supervised on the completion; `messages`: on assistant turns."""
     text_column: Identity[str] = "text"
     """Column or key that holds the document; `format = "text"` only."""
+    text_eos: AddedIdentity[bool] = True
+    """End each document with the tokenizer's eos, supervised, so that the student learns to stop; `format = "text"`
+    only."""
     holdout: Identity[float] = Field(default=0.01, ge=0, le=0.5)
     """Share of source documents kept out of training, chosen by document hash; 0 to 0.5."""
     window_tokens: Identity[int] = Field(default=4096, ge=2, le=1_048_576)

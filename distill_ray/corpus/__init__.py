@@ -8,7 +8,7 @@ from distill_ray.corpus.probe import probe_sources
 from distill_ray.corpus.prompts import read_unit_prompts
 from distill_ray.corpus.reading import held_out, read_unit_sequences
 from distill_ray.corpus.sample import Sample, sample_sources
-from distill_ray.corpus.tokenizers import load_tokenizer, same_tokenizer, tokenizer_identity
+from distill_ray.corpus.tokenizers import load_tokenizer, same_tokenizer, stop_ids, tokenizer_identity
 from distill_ray.corpus.units import check_unit_bytes, known_units, most_unit_tokens, plan_units
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "read_unit_sequences",
     "same_tokenizer",
     "sample_sources",
+    "stop_ids",
     "tokenizer_identity",
 ]

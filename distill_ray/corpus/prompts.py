@@ -42,7 +42,7 @@ def read_unit_prompts(
         UserError: the source is gone, changed since it was planned, or the tokenizer lacks what the format needs; or
             there may be more than `most_tokens`.
     """
-    check_tokenizer(tokenizer, section.format, prompts=True)
+    check_tokenizer(tokenizer, section, prompts=True)
     prompts, dead = list[Sequence](), list[DeadLetter]()
     tokens = 0
     for found in prompts_of(read_documents(unit, section, prompts=True), section, generate, tokenizer):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from distill_ray.config.sections import CorpusSection
-from distill_ray.corpus.chat import encode_chat
+from distill_ray.corpus.chat import Encoded, encode_chat
 from distill_ray.corpus.documents import Document, RefusedDocument, read_documents
+from distill_ray.corpus.tokenizers import opening_of, opens_with
 from distill_ray.corpus.windows import windows
 from distill_ray.errors import UserError
 from distill_ray.schema import DeadLetter, Sequence, Unit
@@ -21,15 +22,20 @@ if TYPE_CHECKING:
 _BATCH = 256
 """Documents tokenised by one call, which spreads them over the cores."""
 
-Encoded = tuple[np.ndarray, np.ndarray]
-"""Token ids [n] int32 and supervision [n] bool."""
 
-
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[Encoded]:
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], end: int | None) -> Iterator[Encoded]:
+    """Each text as the tokenizer opens it and, unless it is there already, with this token at its end."""
     encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    opening = opening_of(tokenizer)
     for ids in encoded["input_ids"]:
-        tokens = np.asarray(ids, dtype=np.int32)
+        closing = [end] if end is not None and ids[-1:] != [end] else []
+        tokens = np.asarray(_opened_once(ids, opening) + closing, dtype=np.int32)
         yield tokens, np.ones(len(tokens), dtype=bool)
+
+
+def _opened_once(ids: list[int], opening: list[int]) -> list[int]:
+    """Of a text that began with the opening by itself, one of the two."""
+    return ids[len(opening) :] if opens_with(ids, opening, at=len(opening)) else ids
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -39,7 +45,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     # A tokenizer that ends every text with eos would end the prompt there too.
     while head and added[len(head) - 1] and head[-1] == tokenizer.eos_token_id:
         head.pop()
-    return head
+    return _opened_once(head, opening_of(tokenizer))
 
 
 def _encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
@@ -51,27 +57,43 @@ def _encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: st
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, form: str, documents: list[Document]
-) -> Iterator[Encoded | RefusedDocument]:
-    if form == "text" and documents:  # The tokenizer breaks on an empty batch.
-        yield from _encode_texts(tokenizer, [cast(str, document.content) for document in documents])
+    tokenizer: PreTrainedTokenizerBase, section: CorpusSection, documents: list[Document]
+) -> Iterator[list[Encoded] | RefusedDocument]:
+    if section.format == "text" and documents:  # The tokenizer breaks on an empty batch.
+        end = cast(int, tokenizer.eos_token_id) if section.text_eos else None
+        texts = [cast(str, document.content) for document in documents]
+        yield from ([each] for each in _encode_texts(tokenizer, texts, end))
         return
     for document in documents:
         try:
-            if form == "prompt_completion":
-                yield _encode_pair(tokenizer, *cast(tuple[str, str], document.content))
+            if section.format == "prompt_completion":
+                found = [_encode_pair(tokenizer, *cast(tuple[str, str], document.content))]
             else:
-                yield encode_chat(tokenizer, cast(list[dict[str, Any]], document.content))
+                found = encode_chat(tokenizer, cast(list[dict[str, Any]], document.content))
+            if (longest := max(len(tokens) for tokens, _ in found)) > section.window_tokens:
+                raise RefusedDocument(
+                    f"{longest} tokens with its prompt, more than corpus.window_tokens={section.window_tokens}: what "
+                    "lies beyond would be learned without what it answers"
+                )
+            yield found
         except RefusedDocument as reason:
             yield reason
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, form: str, prompts: bool = False) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, section: CorpusSection, prompts: bool = False) -> None:
     """Raises UserError where the tokenizer lacks what the format needs."""
-    if form == "prompt_completion" and not prompts and tokenizer.eos_token_id is None:
+    form, opening = section.format, opening_of(tokenizer)
+    ended = form == "prompt_completion" or (form == "text" and section.text_eos)
+    if ended and not prompts and tokenizer.eos_token_id is None:
+        other = "" if form == "prompt_completion" else ", or corpus.text_eos = false"
         raise UserError(
-            'corpus.format = "prompt_completion" ends each completion with eos, and the tokenizer has none; '
-            "state eos_token in its tokenizer_config.json"
+            f'corpus.format = "{form}" ends each of its texts with eos, and the tokenizer has none; state eos_token in '
+            f"its tokenizer_config.json{other}"
+        )
+    if len(opening) + section.window_overlap >= section.window_tokens:
+        raise UserError(
+            f"corpus.window_tokens={section.window_tokens} leaves nothing beside the {len(opening)} token(s) that the "
+            f"tokenizer opens every window with and window_overlap={section.window_overlap}; raise it"
         )
     if form == "messages":
         try:
@@ -89,16 +111,19 @@ def sequences_of(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[list[Sequence] | tuple[int, str]]:
     """The sequences of each document, or its number and why it has none; refused ones come before others near them."""
+    opening = opening_of(tokenizer)
     while batch := list(islice(documents, _BATCH)):
         yield from ((item[0], str(item[1])) for item in batch if not isinstance(item, Document))
         good = [item for item in batch if isinstance(item, Document)]
-        for document, encoded in zip(good, _encode(tokenizer, section.format, good), strict=True):
+        for document, encoded in zip(good, _encode(tokenizer, section, good), strict=True):
             if isinstance(encoded, RefusedDocument):
                 yield document.record, str(encoded)
-            elif len(encoded[0]) < 2:
-                yield document.record, f"{len(encoded[0])} token(s): nothing to predict"
-            else:
-                yield windows(*encoded, document.key, section.window_tokens, section.window_overlap)
+                continue
+            found = list[Sequence]()
+            for ids, supervised in encoded:
+                opened = len(opening) if opens_with(ids, opening) else 0
+                found += windows(ids, supervised, document.key, section.window_tokens, section.window_overlap, opened)
+            yield found or (document.record, f"{len(encoded[0][0])} token(s): nothing to predict")
 
 
 def read_unit_sequences(
@@ -116,7 +141,7 @@ def read_unit_sequences(
         UserError: the source is gone, changed since it was planned, or the tokenizer lacks what the format needs; or
             there are more than `most_tokens`.
     """
-    check_tokenizer(tokenizer, section.format)
+    check_tokenizer(tokenizer, section)
     sequences: list[Sequence] = []
     refused: list[tuple[int, str]] = []
     tokens = 0

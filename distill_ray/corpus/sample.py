@@ -18,7 +18,7 @@ from distill_ray.corpus.containers import Decompressor, container_of, lines_of, 
 from distill_ray.corpus.documents import RefusedDocument, checked, parse_lines, rows_of
 from distill_ray.corpus.parquet import layout, rows_at
 from distill_ray.corpus.prompts import prompts_of
-from distill_ray.corpus.reading import held_out, sequences_of
+from distill_ray.corpus.reading import check_tokenizer, held_out, sequences_of
 from distill_ray.corpus.units import needed_columns
 from distill_ray.schema import Amounts, Sequence
 from distill_ray.storage import ObjectInfo
@@ -70,7 +70,7 @@ def sample_sources(recipe: Recipe, sources: Mapping[str, ObjectInfo], tokenizer:
         tokenizer: the teacher's.
 
     Raises:
-        UserError: a source is damaged.
+        UserError: a source is damaged, or the tokenizer lacks what the format needs.
     """
     filled = [uri for uri in sorted(sources) if sources[uri].size]
     chosen = filled[:: -(-len(filled) // _MOST_SOURCES) or 1]
@@ -88,6 +88,7 @@ def sample_sources(recipe: Recipe, sources: Mapping[str, ObjectInfo], tokenizer:
 
 def _counted(recipe: Recipe, drawn: _Drawn, tokenizer: PreTrainedTokenizerBase) -> Amounts:
     section, generate = recipe.corpus, recipe.capture.generate
+    check_tokenizer(tokenizer, section, generate is not None)
     documents = checked(drawn.raw, section, generate is not None)
     sequences = list[Sequence]()
     extra = 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from distill_ray.config import fingerprint
 from distill_ray.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 PROBES = (
@@ -25,6 +27,7 @@ PROBES = (
 """Texts on which normalisers, pre-tokenizers and added special tokens are known to differ."""
 
 _SHOWN = 5
+_STOPS = "distill_ray_stop_ids"
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -53,7 +56,39 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
             f"the tokenizer of {folder} is a {type(tokenizer).__name__} without tokenizer.json; "
             "convert it to a fast one"
         )
+    tokenizer.__dict__[_STOPS] = end_tokens(folder, cast("int | None", tokenizer.eos_token_id))
     return tokenizer
+
+
+def end_tokens(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """Ids at which the model of a folder stops by itself: the tokenizer's eos first, then ascending those that
+    generation_config.json and config.json state."""
+    stated: set[int | None] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for section in (config, config.get("text_config") or {}):
+            ends = section.get("eos_token_id")
+            stated |= set(ends) if isinstance(ends, list) else {ends}
+    first = [] if tokenizer_eos is None else [tokenizer_eos]
+    return (*first, *sorted(int(i) for i in stated - {None, tokenizer_eos} if i is not None))
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """`end_tokens` of the folder that `load_tokenizer` took it from; they travel with it."""
+    return tokenizer.__dict__[_STOPS]
+
+
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text: BOS, or nothing."""
+    encoded = tokenizer("x", return_special_tokens_mask=True, verbose=False)
+    marked = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [number for number, _ in takewhile(lambda pair: pair[1], marked)]
+
+
+def opens_with(ids: list[int] | np.ndarray, opening: list[int], at: int = 0) -> bool:
+    """Whether these tokens stand there; not where there are none."""
+    return bool(opening) and list(ids[at : at + len(opening)]) == opening
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -92,6 +127,10 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
             # What Python code around the backend adds or changes shows only in what comes out.
             "probes": _probe_ids(tokenizer),
         }
+        # Units from before every window was opened still stand where nothing opens any.
+        | ({"opens": "every window"} if opening_of(tokenizer) else {})
+        # Where turns end matters to chats alone.
+        | ({"stops": stop_ids(tokenizer)} if tokenizer.chat_template and len(stop_ids(tokenizer)) > 1 else {})
     )
 
 

@@ -137,6 +137,13 @@ def _too_large(section: CorpusSection, top_k: int, draws: int, uri: str, piece: 
     )
 
 
+def _reading(section: CorpusSection) -> dict[str, Any]:
+    """How documents are read now, as far as they were once read otherwise."""
+    if section.format == "text":
+        return {"eos": True} if section.text_eos else {}
+    return {"turns": "as served"} if section.format == "messages" else {"whole": True}
+
+
 def _hasher(
     section: CorpusSection, tokenizer_id: str, container: str, content: str, prompts: bool
 ) -> Callable[[Slice], str]:
@@ -158,8 +165,8 @@ def _hasher(
             "window_overlap": section.window_overlap,
             "unit_bytes": section.unit_bytes,
         }
-        # Left out otherwise, so that the units from before there were prompts still stand.
-        | ({"prompts": True} if prompts else {})
+        # Left out otherwise, so that the units from before there were prompts, or an eos, still stand.
+        | ({"prompts": True} if prompts else _reading(section))
     )
     before, _, after = text.partition(json.dumps(hole))
 

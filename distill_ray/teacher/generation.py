@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from distill_ray.config.generate import GenerateSection
 from distill_ray.config.sections import CaptureSection
-from distill_ray.corpus import load_tokenizer
+from distill_ray.corpus import load_tokenizer, stop_ids
 from distill_ray.errors import UserError
 from distill_ray.schema import TargetRows
 
@@ -27,7 +26,7 @@ class Writing:
 
     generate: GenerateSection
     ends: tuple[int, ...]
-    """`end_tokens`."""
+    """Ids at which the model stops by itself, ascending."""
     tokenizer: Any
 
     def to_json(self) -> dict[str, Any]:
@@ -44,7 +43,12 @@ def writing_of(capture: CaptureSection, folder: Path, trust_remote_code: bool) -
     if capture.generate is None:
         return None
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    return Writing(capture.generate, end_tokens(folder, cast("int | None", tokenizer.eos_token_id)), tokenizer)
+    if not (ends := stop_ids(tokenizer)):
+        raise UserError(
+            f'capture.mode = "generate", but neither the tokenizer nor generation_config.json nor config.json in '
+            f"{folder} states an eos token, so no completion would end; state eos_token_id there"
+        )
+    return Writing(capture.generate, tuple(sorted(ends)), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -67,27 +71,6 @@ class Answer:
     finish: str
     rows: TargetRows
     """Of all n + m − 1 positions."""
-
-
-def end_tokens(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """Ids at which a model stops by itself, ascending: of generation_config.json, config.json and the tokenizer.
-
-    Raises:
-        UserError: none of them states one, so that no completion would ever end.
-    """
-    found = {tokenizer_eos} - {None}
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        stated = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for config in (stated, stated.get("text_config") or {}):
-            ends = config.get("eos_token_id")
-            found |= set(ends) if isinstance(ends, list) else {ends} - {None}
-    if not found:
-        raise UserError(
-            f'capture.mode = "generate", but neither the tokenizer nor generation_config.json nor config.json in '
-            f"{folder} states an eos token, so no completion would end; state eos_token_id there"
-        )
-    return tuple(sorted(int(i) for i in found if i is not None))
 
 
 def sample_seed(generate: GenerateSection, prompt: np.ndarray, sample: int) -> int:

@@ -123,7 +123,6 @@ def test_an_unusable_store(
 AWKWARD = [
     b'{"text": "caf\xff\xfe not UTF-8"}\n',
     b'{"text": ""}\n',
-    b'{"text": "a"}\n',
     b'{"other": "column"}\n',
     b"not json\n",
     b'{"text": "' + b"all work and no play makes Jack a dull boy. " * 24_000 + b'"}\n',
@@ -138,8 +137,8 @@ def test_awkward_documents_are_dead_letters_and_the_long_one_is_captured(tmp_pat
     (job.data / "awkward.jsonl").write_bytes(b"".join(AWKWARD))
     job.call(command="capture")
     letters = Path(job.root, "dead-letters/tiny/v1.jsonl").read_text().splitlines()
-    assert len(letters) == 5, letters
-    for reason in ("UTF-8", "empty", "nothing to predict", "text", "JSON"):
+    assert len(letters) == 4, letters
+    for reason in ("UTF-8", "empty", "text", "JSON"):
         assert any(reason in letter for letter in letters), (reason, letters)
     assert sum(len(tokens) // 4 for _, _, tokens, _ in job.rows()) > 300_000
 

@@ -98,7 +98,7 @@ def test_a_capture_is_seen_by_prometheus(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("distill_ray.capture.verb.live_teachers", counted)
     monkeypatch.setattr("distill_ray.capture.emitting._LOOK_S", 0.2)
     for name in "abc":
-        _write(tmp_path / "corpus", f"{name}.jsonl", [f"{name} is a class", f"{name} is an object too", "x"])
+        _write(tmp_path / "corpus", f"{name}.jsonl", [f"{name} is a class", f"{name} is an object too", ""])
     cost = {"teacher_gpu_hour": 2.0}
     recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*.jsonl", version="seen", cost=cost)
     manifest = _run(recipe, partial(ShortTeacher, seconds=1.0))

@@ -4,16 +4,20 @@ import copy
 import gzip
 import hashlib
 import json
+from unittest.mock import ANY
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from tokenizers.processors import TemplateProcessing
 
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus import held_out, load_tokenizer, plan_units, read_unit_sequences
+from distill_ray.corpus.tokenizers import opening_of
 from distill_ray.errors import UserError
+from distill_ray.schema import DeadLetter
 from distill_ray.storage import open_storage
 from distill_ray.storage.local import LocalStorage
 from tests.assets import tiny_tokenizer_folder
@@ -97,12 +101,72 @@ def test_sources_on_s3_give_the_same_units_and_sequences(tmp_path, tokenizer, s3
         assert plain(read_unit_sequences(a, here, tokenizer)[0]) == plain(read_unit_sequences(b, there, tokenizer)[0])
 
 
-def test_text_is_tokenised_as_the_tokenizer_does_by_default(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_bytes(lines({"text": text} for text in TEXTS))
+def test_text_is_tokenised_as_the_tokenizer_does_by_default_and_ends_once(tmp_path, tokenizer):
+    texts = [*TEXTS, "it ends by itself<|im_end|>"]
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": text} for text in texts))
     found, _ = read(section(tmp_path / "a.jsonl", window_tokens=4096), tokenizer)
-    for sequence, text in zip(found, TEXTS, strict=True):
-        assert sequence.tokens.tolist() == tokenizer(text)["input_ids"]
+    for sequence, text in zip(found, texts, strict=True):
+        assert sequence.tokens.tolist() == tokenizer(text.removesuffix("<|im_end|>") + "<|im_end|>")["input_ids"]
         assert sequence.loss_mask.tolist() == [False] + [True] * (len(sequence.tokens) - 1)
+    found, _ = read(section(tmp_path / "a.jsonl", window_tokens=4096, text_eos=False), tokenizer)
+    assert [s.tokens.tolist() for s in found] == [tokenizer(text)["input_ids"] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def opener():
+    """The same tokenizer, putting <|endoftext|> before every text."""
+    found = load_tokenizer(tiny_tokenizer_folder())
+    bos = "<|endoftext|>"
+    found.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, found.convert_tokens_to_ids(bos))]
+    )
+    assert opening_of(found) == [found.convert_tokens_to_ids(bos)]
+    return found
+
+
+@pytest.mark.parametrize("own", ["", "<|endoftext|>"])
+@pytest.mark.parametrize("form", ["text", "prompt_completion"])
+def test_what_opens_a_text_opens_every_window_once(tmp_path, opener, own, form):
+    (bos,) = opening_of(opener)
+    record = {"text": own + TEXTS[3] * 20, "prompt": own + TEXTS[3][:9], "completion": TEXTS[4][:9]}
+    (tmp_path / "a.jsonl").write_bytes(lines([record]))
+    found, _ = read(section(tmp_path / "a.jsonl", format=form, window_overlap=4), opener)
+    assert len(found) > 3 if form == "text" else len(found) == 1
+    for sequence in found:
+        assert (sequence.tokens == bos).tolist() == [True] + [False] * (len(sequence.tokens) - 1)
+        assert not sequence.loss_mask[0]
+    assert found[-1].tokens[-1] == opener.eos_token_id
+    assert found[-1].loss_mask[-1]
+
+
+def test_a_chat_is_opened_as_its_template_does_it(tmp_path, opener):
+    (bos,) = opening_of(opener)
+    opened = copy.deepcopy(opener)
+    opened.chat_template = "<|endoftext|>" + opener.chat_template
+    (tmp_path / "a.jsonl").write_bytes(lines([{"messages": CHATS[1]}]))
+    for tokenizer, starts in ((opener, False), (opened, True)):
+        ((sequence,), _) = read(section(tmp_path / "a.jsonl", format="messages"), tokenizer)
+        assert (sequence.tokens == bos).tolist() == [starts] + [False] * (len(sequence.tokens) - 1)
+
+
+@pytest.mark.parametrize("form", ["prompt_completion", "messages"])
+def test_an_answer_beyond_the_window_is_refused_rather_than_learned_without_its_question(tmp_path, tokenizer, form):
+    asked, said = TEXTS[3] * 2, TEXTS[4] * 2
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    (tmp_path / "a.jsonl").write_bytes(lines([{"prompt": asked, "completion": said, "messages": turns}]))
+    ((whole,), _) = read(section(tmp_path / "a.jsonl", format=form, window_tokens=4096), tokenizer)
+    n = len(whole.tokens)
+    assert plain(read(section(tmp_path / "a.jsonl", format=form, window_tokens=n), tokenizer)[0]) == plain([whole])
+    found, (dead,) = read(section(tmp_path / "a.jsonl", format=form, window_tokens=n - 1), tokenizer)
+    assert not found
+    assert dead.reason.startswith(f"{n} tokens with its prompt, more than corpus.window_tokens={n - 1}: ")
+
+
+def test_a_window_that_its_opening_fills_is_refused(tmp_path, opener):
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": TEXTS[0]}]))
+    with pytest.raises(UserError, match=r"window_tokens=4 leaves nothing beside the 1 token\(s\) .* window_overlap=3"):
+        read(section(tmp_path / "a.jsonl", window_tokens=4, window_overlap=3), opener)
+    assert read(section(tmp_path / "a.jsonl", window_tokens=4, window_overlap=2), opener)[0]
 
 
 def test_unit_size_does_not_move_a_document(tmp_path, tokenizer):
@@ -138,7 +202,6 @@ def test_bad_documents_become_dead_letters_and_the_rest_is_kept(tmp_path, tokeni
         b'{"text": 7}': "int, not text",
         b'["text"]': "a list",
         b'{"text": "\\ud800 alone"}': "lone surrogate",
-        b'{"text": "x"}': "1 token(s): nothing to predict",
         b"[" * 200_000: "bad JSON",
         b'{"text": "x", "id": ' + b"9" * 5000 + b"}": "bad JSON: Exceeds the limit",
     }
@@ -168,7 +231,7 @@ def test_text_files(tmp_path, tokenizer):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "void.txt").write_bytes(b"")
     sequences, dead = read(section(tmp_path / "*.txt", window_tokens=4096), tokenizer)
-    assert [s.tokens.tolist() for s in sequences] == [tokenizer(TEXTS[0])["input_ids"]]
+    assert [s.tokens.tolist() for s in sequences] == [[*tokenizer(TEXTS[0])["input_ids"], tokenizer.eos_token_id]]
     assert [d.reason.split(":")[0] for d in dead] == ["not UTF-8", "empty"]
 
 
@@ -255,6 +318,13 @@ def test_a_tokenizer_that_lacks_what_the_format_needs_is_refused(tmp_path, token
     (tmp_path / "a.jsonl").write_bytes(lines([{"messages": CHATS[0], "prompt": "p", "completion": "c"}]))
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = bare.eos_token = None
-    for form, message in (("messages", "no usable chat template"), ("prompt_completion", "eos")):
+    asked = {
+        "messages": "no usable chat template",
+        "prompt_completion": "eos",
+        "text": r"eos.* corpus.text_eos = false",
+    }
+    for form, message in asked.items():
         with pytest.raises(UserError, match=message):
-            read(section(tmp_path / "a.jsonl", format=form), bare)
+            read(section(tmp_path / "a.jsonl", format=form, text_column="prompt"), bare)
+    short = section(tmp_path / "a.jsonl", text_eos=False, text_column="prompt")
+    assert read(short, bare) == ([], [DeadLetter(ANY, ANY, 0, "1 token(s): nothing to predict")])

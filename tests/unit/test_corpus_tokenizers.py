@@ -1,13 +1,14 @@
 """Tokenizer identity and equality: equal ids are what counts."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from distill_ray.corpus import load_tokenizer, same_tokenizer, tokenizer_identity
+from distill_ray.corpus import load_tokenizer, same_tokenizer, stop_ids, tokenizer_identity
 from distill_ray.errors import UserError
 from tests.assets import TINY_VOCAB, tiny_llama_folder, tiny_tokenizer_folder
 
@@ -112,3 +113,21 @@ def test_folders_without_a_tokenizer_are_named(tmp_path):
     (tmp_path / "weights.bin").write_text("")
     with pytest.raises(UserError, match=r"it holds weights\.bin"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({"generation_config.json": {"eos_token_id": [9, 0, 2]}, "config.json": {"eos_token_id": 7}}, (2, 0, 7, 9)),
+        ({"config.json": {"text_config": {"eos_token_id": 3}}}, (2, 3)),
+        ({"config.json": {"eos_token_id": None}}, (2,)),
+    ],
+)
+def test_a_turn_ends_with_the_tokenizers_eos_or_what_else_the_model_stops_at(folder, original, files, want):
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    found = load_tokenizer(folder)
+    assert stop_ids(found) == want
+    assert stop_ids(pickle.loads(pickle.dumps(found))) == want, "on its way to a worker"
+    # Chats are cut where the teacher stops, so it is of their targets' identity.
+    assert (tokenizer_identity(found) == tokenizer_identity(original)) == (want == (2,))

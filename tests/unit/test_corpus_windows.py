@@ -44,6 +44,23 @@ def test_the_mask_travels_with_its_tokens(case, random):
     assert all(s.loss_mask.any() for s in found)
 
 
+@settings(max_examples=200, deadline=None)
+@given(cut(), st.integers(1, 3))
+def test_what_opens_a_document_opens_every_window_and_the_rest_is_cut_as_without_it(case, opening):
+    n, window, overlap = case
+    plain = windows(np.arange(n), np.ones(n, dtype=bool), 7, window, overlap)
+    tokens = np.concatenate([-1 - np.arange(opening), np.arange(n)])
+    found = windows(tokens, np.ones(opening + n, dtype=bool), 7, window + opening, overlap, opening)
+    assert len(found) == len(plain)
+    for i, (opened, bare) in enumerate(zip(found, plain, strict=True)):
+        np.testing.assert_array_equal(opened.tokens[:opening], -1 - np.arange(opening))
+        assert not opened.loss_mask[:opening].any()
+        np.testing.assert_array_equal(opened.tokens[opening:], bare.tokens)
+        # Behind an opening the document's first token is predicted, too.
+        np.testing.assert_array_equal(opened.loss_mask[opening + (i == 0) :], bare.loss_mask[i == 0 :])
+        assert opened.loss_mask[opening] == (i == 0)
+
+
 def test_a_document_that_fits_is_one_window():
     (only,) = windows(np.arange(8), np.ones(8, dtype=bool), 0, 8, 3)
     assert len(only.tokens) == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from distill_ray.schema import Sequence, TargetRows
 from distill_ray.storage import glob_sources, open_storage
 from distill_ray.targets import StoredSequence
 from distill_ray.targets.layout import checksum
-from distill_ray.teacher.generation import Answer, Completion, answers, end_tokens, joined, sample_seed
+from distill_ray.teacher.generation import Answer, Completion, answers, joined, sample_seed, writing_of
 from distill_ray.teacher.transformers_generation import draw
 from tests.assets import tiny_tokenizer_folder
 from tests.unit.targets_fakes import exact_rows, identity, unit
@@ -154,24 +155,17 @@ def test_a_seed_is_of_recipe_prompt_and_place_and_of_nothing_else() -> None:
     assert sample_seed(GENERATE.model_copy(update={"max_tokens": 9}), prompt, 1) in seeds
 
 
-@pytest.mark.parametrize(
-    ("files", "eos", "want"),
-    [
-        ({"generation_config.json": {"eos_token_id": [9, 4]}, "config.json": {"eos_token_id": 7}}, 2, (2, 4, 7, 9)),
-        ({"config.json": {"text_config": {"eos_token_id": 3}}}, None, (3,)),
-        ({"config.json": {"eos_token_id": None}}, 5, (5,)),
-    ],
-)
-def test_every_stated_end_token_counts(tmp_path: Path, files: dict[str, Any], eos: int | None, want: Any) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    assert end_tokens(tmp_path, eos) == want
-
-
 def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    folder = shutil.copytree(tiny_tokenizer_folder(), tmp_path / "endless")
+    capture = CaptureSection(mode="generate")
+    writing = writing_of(capture, folder, False)
+    assert writing
+    assert writing.ends == (END,)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="no completion would end; state eos_token_id"):
-        end_tokens(tmp_path, None)
+        writing_of(capture, folder, False)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (2.0, 0.8)])

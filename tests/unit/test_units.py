@@ -105,4 +105,6 @@ def test_a_units_hash_is_the_fingerprint_of_what_decides_its_sequences(tmp_path)
         "window_overlap": section.window_overlap,
         "unit_bytes": section.unit_bytes,
     }
-    assert found.hash == fingerprint(identity)
+    assert found.hash == fingerprint(identity | {"eos": True})
+    (found,) = plan_units(section.model_copy(update={"text_eos": False}), "tok\u00e9", None)
+    assert found.hash == fingerprint(identity), "as before documents ended"
