@@ -18,6 +18,7 @@ from distill_ray import corpus, targets, teacher
 from distill_ray.capture.budget import Budget
 from distill_ray.capture.emitting import CaptureMeters, live_teachers
 from distill_ray.capture.figures import Figures
+from distill_ray.capture.refused import Watch, refusals, require_few
 from distill_ray.capture.stages import EngineFactory
 from distill_ray.codec import CODEC_VERSION
 from distill_ray.config import Recipe, identity_of
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from distill_ray.capture.pool import Work
 
 _INDEX_BATCH = 1000
+_REASONS = 20
+"""Kinds of refusal that a report shows."""
 _INDEX_EVERY_S = 60.0
 """Captured units, and seconds, between two additions to the index: what a killed driver has to read again."""
 
@@ -123,34 +126,43 @@ def run(
 
             with metered(recipe, storage, token, "capture") as meter:
                 work = pool.Work(recipe, storage, identity, tokenizer, pending, factory, meter)
-                _capture(work, token, stop, bar, figures, len(units))
-    counts |= {"captured_tokens": figures.tokens, "teacher_of_command": figures.spent.to_json()}
-    # Read back rather than kept: captures take days, and summaries 16 bytes a sequence.
-    summaries, _ = targets.load_table(storage, identity, only=units.hashes)
-    _require_sequences(recipe, units, summaries)
-    _write_dead_letters(storage, token, identity, units, summaries)
+                _capture(work, token, stop, bar, figures, units)
+        counts |= {"captured_tokens": figures.tokens, "teacher_of_command": figures.spent.to_json()}
+        # Read back rather than kept: captures take days, and summaries 16 bytes a sequence.
+        summaries, _ = targets.load_table(storage, identity, only=units.hashes)
+        letters = _write_dead_letters(storage, token, identity, units, summaries)
+        _require_sequences(recipe, units, summaries)
+        refused = refusals(recipe, summaries, letters)
+        if refused.refused:
+            bar.note(str(refused))
+    require_few(recipe, refused)
     entry = targets.write_run_manifest(storage, token, identity, units, summaries)
-    publish(storage, token, "targets", entry | counts)
+    told = {"documents": refused.documents, "refused": dict(refused.reasons[:_REASONS])}
+    publish(storage, token, "targets", entry | counts | told)
     return targets.read_run_manifest(storage, entry)
 
 
-def _capture(work: Work, token: LeaseToken, stop: threading.Event, bar: Progress, figures: Figures, units: int) -> None:
+def _capture(
+    work: Work, token: LeaseToken, stop: threading.Event, bar: Progress, figures: Figures, units: Units
+) -> None:
     from distill_ray.capture import pool
 
     recipe = work.recipe
     budget = Budget(recipe, work.storage, token.epoch)
     budget.check()
     labels = (recipe.name, recipe.version, "capture")
-    meters = CaptureMeters(Meters(*labels), recipe, figures, units, units - len(work.pending), live_teachers)
+    meters = CaptureMeters(Meters(*labels), recipe, figures, len(units), len(units) - len(work.pending), live_teachers)
 
     def hold(seconds: Mapping[str, float]) -> None:
         budget.hold(seconds)
         meters.hold(budget.hours)
 
+    watch = Watch(recipe, work.storage, work.identity, units)
     stream = pool.summaries(work, stop, bar.note, figures.spent.add, hold, meters.tick)
     with closing(meters), closing(stream), closing(_indexed(work.storage, work.identity, stream)) as finished:
         for summary in finished:
             size = figures.add(summary)
+            watch.add(summary, size)
             meters.unit(summary)
             kept_mass = summary.kept_mass_sum / max(summary.rows, 1)
             bar.advance(1, weight=size, kept_mass=kept_mass, **figures.shown(), **budget.shown())
@@ -241,7 +253,7 @@ def _require_sequences(recipe: Recipe, units: Units, summaries: pa.Table) -> Non
 
 def _write_dead_letters(
     storage: Storage, token: LeaseToken, identity: CaptureIdentity, units: Units, summaries: pa.Table
-) -> None:
+) -> list[DeadLetter]:
     """Write the run's dead letters anew from the units' own lists, so that no rerun lists one twice.
 
     They lie in a folder of their own, beside `runs/`: a bucket's rule that removes old ones knows prefixes alone.
@@ -255,3 +267,4 @@ def _write_dead_letters(
     text = "".join(json.dumps(asdict(letter), ensure_ascii=False) + "\n" for letter in letters)
     key = f"dead-letters/{token.run_prefix.removeprefix('runs/')}.jsonl"
     put_owned(storage, token, key, text.encode())
+    return letters

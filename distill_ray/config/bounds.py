@@ -29,7 +29,7 @@ KEYS = frozenset(
         "timings.seconds": ("capture", "audit", "train", "evaluate"),
         "timings.tokens_per_s": ("teacher", "train", "evaluate"),
         "tokens": ("captured", "reused", "supervised_train", "held_out"),
-        "targets": ("rows", "bytes_per_row", "mean_kept_mass", "dead_letters"),
+        "targets": ("rows", "bytes_per_row", "mean_kept_mass", "dead_letters", "documents"),
         "audit": ("units", "sequences", "rows", "worst_nats"),
         "audit.tolerance": ("logprob", "row_mass", "mean_mass"),
         "training": ("steps",),

@@ -11,6 +11,12 @@ from distill_ray.config.generate import GenerateSection
 from distill_ray.config.kinds import AddedIdentity, Identity, Listed, Placement, Section
 from distill_ray.config.values import Range, Uri
 
+_COLUMNS: dict[str, set[str]] = {
+    "messages": {"messages", "tools", "documents", "system"},
+    "prompt_completion": {"prompt", "completion"},
+}
+_TEMPLATE_INPUTS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "strftime_now"}
+
 
 class StorageSection(Section):
     root: Placement[Uri]
@@ -24,6 +30,11 @@ class CorpusSection(Section):
     """`text`: one a record; `prompt_completion`: supervised on the completion; `messages`: on assistant turns."""
     text_column: Identity[str] = "text"
     """Column or key that holds the document; `format = "text"` only."""
+    columns: AddedIdentity[dict[str, str]] = Field(default={})
+    """Where sources name their columns or keys otherwise: `{ prompt = "question", completion = "answer" }`; of chats
+    `messages`, `tools`, `documents`, `system`."""
+    chat_template_kwargs: AddedIdentity[dict[str, bool | int | float | str]] = Field(default={})
+    """The chat template's own switches, such as `{ enable_thinking = false }`, as a server would set them."""
     text_eos: AddedIdentity[bool] = True
     """End each document with the tokenizer's eos, supervised, so that the student learns to stop; `format = "text"`
     only."""
@@ -35,6 +46,16 @@ class CorpusSection(Section):
     """Tokens a later window repeats from the one before as context; every token is supervised once. 1 or more."""
     unit_bytes: Identity[int] = Field(default=4 * 2**20, ge=1024)
     """Source bytes (before compression) of one unit of work; about 1 M tokens at the default 4 MiB."""
+
+    @model_validator(mode="after")
+    def _chat_options_agree(self) -> Self:
+        if stray := sorted(self.columns.keys() - _COLUMNS.get(self.format, set())):
+            raise ValueError(f'columns = {stray} have no effect with format="{self.format}"; remove them')
+        if self.chat_template_kwargs and self.format != "messages":
+            raise ValueError(f'chat_template_kwargs have no effect with format="{self.format}"; remove them')
+        if taken := sorted(self.chat_template_kwargs.keys() & _TEMPLATE_INPUTS):
+            raise ValueError(f"chat_template_kwargs: {taken} are given by each chat; remove them")
+        return self
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:
@@ -99,6 +120,8 @@ class CaptureSection(Section):
     """`score`: the teacher reads the corpus; `generate`: the corpus holds prompts, which the teacher answers."""
     generate: AddedIdentity[GenerateSection | None] = None
     """How it answers; stated or at its defaults exactly where mode = "generate"."""
+    max_refused: Placement[float] = Field(default=0.01, ge=0, le=1)
+    """Share of the documents that may be refused; beyond it the run stops before it trains. 0 to 1."""
     max_gpu_hours: Placement[float | None] = Field(default=None, gt=0)
     """Hours, times GPUs, that teachers of this run may hold, their starts included and over all commands; then capture
     stops, and goes on when more is given. Of teachers without a GPU the processes' hours count. None: no limit."""

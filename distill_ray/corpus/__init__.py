@@ -7,13 +7,18 @@ from distill_ray.corpus.index import indexed_sources
 from distill_ray.corpus.probe import probe_sources
 from distill_ray.corpus.prompts import read_unit_prompts
 from distill_ray.corpus.reading import held_out, read_unit_sequences
+from distill_ray.corpus.refusals import Refusals
 from distill_ray.corpus.sample import Sample, sample_sources
+from distill_ray.corpus.shown import Seen, first_documents
 from distill_ray.corpus.tokenizers import load_tokenizer, same_tokenizer, stop_ids, tokenizer_identity
 from distill_ray.corpus.units import check_unit_bytes, known_units, most_unit_tokens, plan_units
 
 __all__ = [
+    "Refusals",
     "Sample",
+    "Seen",
     "check_unit_bytes",
+    "first_documents",
     "held_out",
     "indexed_sources",
     "known_units",

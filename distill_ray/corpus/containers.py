@@ -12,12 +12,8 @@ from distill_ray.errors import UserError
 from distill_ray.storage import Storage, open_storage, split_uri
 
 CONTAINERS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".jsonl.gz": "jsonl.gz",
-    ".ndjson.gz": "jsonl.gz",
-    ".jsonl.zst": "jsonl.zst",
-    ".ndjson.zst": "jsonl.zst",
+    **{f".{name}": "jsonl" for name in ("jsonl", "ndjson", "json")},
+    **{f".{name}.{packed}": f"jsonl.{packed}" for packed in ("gz", "zst") for name in ("jsonl", "ndjson", "json")},
     ".parquet": "parquet",
     ".txt": "txt",
 }
@@ -41,6 +37,15 @@ def container_of(uri: str) -> str:
         f"corpus source {uri}: its extension names no known format; use one of {', '.join(CONTAINERS)} "
         "or narrow the glob in corpus.sources"
     )
+
+
+def check_lines(uri: str, beginning: bytes) -> None:
+    """Raises UserError where a source of lines begins with a JSON array: no line of it is a record."""
+    if beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        raise UserError(
+            f"corpus source {uri} begins with '[': it is a JSON array, and one record a line is read; "
+            "write it as JSON lines (jq -c '.[]')"
+        )
 
 
 def locate(uri: str) -> tuple[Storage, str]:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distill_ray.config.sections import CorpusSection
+from distill_ray.corpus.columns import needed_columns, read_columns
 from distill_ray.corpus.containers import locate, read_lines, stored_pieces
+from distill_ray.corpus.messages import Chat, chat_of
 from distill_ray.corpus.parquet import batches, readable
-from distill_ray.corpus.units import needed_columns
+from distill_ray.corpus.refused import RefusedDocument
 from distill_ray.errors import UserError
 from distill_ray.schema import SourceSlice, Unit
 from distill_ray.storage import ObjectInfo
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-class RefusedDocument(ValueError):
-    """A document that fails for its own reasons; becomes a dead letter and never leaves this package."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class Document:
     """0-based record number in the slice."""
     key: int
     """First 8 bytes of BLAKE2b over format and content: the same document has the same key wherever it lies."""
-    content: str | tuple[str, str] | list[dict[str, Any]]
-    """Text, or (prompt, completion), or messages."""
+    content: str | tuple[str, str] | Chat
+    """Text, or (prompt, completion), or a chat."""
 
 
 def _current(unit: Unit) -> ObjectInfo:
@@ -83,35 +81,37 @@ def parse_lines(lines: list[bytes]) -> Iterator[dict[str, Any] | RefusedDocument
             yield reason
 
 
-def _row(batch: pa.RecordBatch, row: int, columns: tuple[str, ...]) -> dict[str, Any] | RefusedDocument:
+def _row(batch: pa.RecordBatch, row: int) -> dict[str, Any] | RefusedDocument:
     try:
-        return {name: batch.column(name)[row].as_py() for name in columns}
+        return {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     except UnicodeDecodeError as error:
         return RefusedDocument(f"not UTF-8: {error.reason} at offset {error.start}")
 
 
 def raw_rows(source: SourceSlice, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | RefusedDocument]:
-    """The records of a Parquet slice, these columns alone."""
-    yield from rows_of(source.uri, batches(source, list(columns)), columns)
+    """The records of a Parquet slice, those of these columns alone that it has."""
+    yield from rows_of(source.uri, batches(source, columns))
 
 
-def rows_of(
-    uri: str, found: Iterable[pa.RecordBatch], columns: tuple[str, ...]
-) -> Iterator[dict[str, Any] | RefusedDocument]:
-    """The records of batches of a Parquet source, these columns alone."""
+def rows_of(uri: str, found: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any] | RefusedDocument]:
+    """The records of batches of a Parquet source."""
     for batch in found:
         for row in range(batch.num_rows):
             with readable(uri, "is damaged"):
-                record = _row(batch, row, columns)
+                record = _row(batch, row)
             yield record
 
 
 def _raw_file(unit: Unit, size: int, column: str) -> Iterator[dict[str, Any] | RefusedDocument]:
-    data = b"".join(stored_pieces(unit.source.uri, 0, size))
+    yield text_record(b"".join(stored_pieces(unit.source.uri, 0, size)), column)
+
+
+def text_record(data: bytes, column: str) -> dict[str, Any] | RefusedDocument:
+    """A text file as the one record that it is."""
     try:
-        yield {column: data.decode("utf-8-sig")}
+        return {column: data.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        yield RefusedDocument(f"not UTF-8: byte {data[error.start]:#04x} at offset {error.start}")
+        return RefusedDocument(f"not UTF-8: byte {data[error.start]:#04x} at offset {error.start}")
 
 
 def _text_of(record: dict[str, Any], key: str) -> str:
@@ -123,50 +123,33 @@ def _text_of(record: dict[str, Any], key: str) -> str:
     return value
 
 
-def _messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    if "messages" not in record:
-        raise RefusedDocument(f"key 'messages' is missing; the record has {list(record)[:20]}")
-    messages = record["messages"]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise RefusedDocument("'messages' is not a list of {role, content}")
-    if not messages:
-        raise RefusedDocument("empty: no messages")
-    for number, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                kind = type(message.get(key)).__name__
-                raise RefusedDocument(f"message {number}: {key!r} is {kind}, not text")
-    # Parquet fills the keys that a message lacks with nulls; JSONL leaves them out.
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
-
-
-def _prompt_of(record: dict[str, Any], section: CorpusSection) -> str | list[dict[str, Any]]:
+def _prompt_of(record: dict[str, Any], section: CorpusSection) -> str | Chat:
     """What the teacher is to answer. Of a chat, all up to the last turn that is not the assistant's."""
     if section.format == "messages":
-        messages = _messages_of(record)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages:
-            raise RefusedDocument("no turn to answer: every message is the assistant's")
-        return messages
-    text = _text_of(record, section.text_column if section.format == "text" else "prompt")
+        chat = chat_of(record, section)
+        while chat.messages and chat.messages[-1]["role"] == "assistant":
+            chat.messages.pop()
+        if not any(message["role"] == "user" for message in chat.messages):
+            raise RefusedDocument("no turn to answer: no message is the user's")
+        return replace(chat, unlearned=())
+    text = _text_of(record, needed_columns(section, True)[0])
     if not text.strip():
         raise RefusedDocument("empty: no prompt")
     return text
 
 
-def _content_of(record: dict[str, Any], section: CorpusSection) -> str | tuple[str, str] | list[dict[str, Any]]:
+def _content_of(record: dict[str, Any], section: CorpusSection) -> str | tuple[str, str] | Chat:
     if section.format == "text":
         text = _text_of(record, section.text_column)
         if not text.strip():
             raise RefusedDocument("empty: no text")
         return text
-    if section.format == "prompt_completion":
-        prompt, completion = _text_of(record, "prompt"), _text_of(record, "completion")
-        if not completion:
-            raise RefusedDocument("empty: the completion has no text")
-        return prompt, completion
-    return _messages_of(record)
+    if section.format == "messages":
+        return chat_of(record, section)
+    prompt, completion = (_text_of(record, name) for name in needed_columns(section))
+    if not completion:
+        raise RefusedDocument("empty: the completion has no text")
+    return prompt, completion
 
 
 def document_key(form: str, content: Any) -> int:
@@ -194,7 +177,8 @@ def checked(
             continue
         try:
             content = _prompt_of(record, section) if prompts else _content_of(record, section)
-            yield Document(number, document_key(section.format, content), content)
+            canonical = content.canonical() if isinstance(content, Chat) else content
+            yield Document(number, document_key(section.format, canonical), content)
         except RefusedDocument as reason:
             yield number, reason
 
@@ -212,7 +196,7 @@ def read_documents(
     """
     info = _current(unit)
     if unit.source.kind in ("row_groups", "rows"):
-        raw = raw_rows(unit.source, needed_columns(section, prompts))
+        raw = raw_rows(unit.source, read_columns(section, prompts))
     elif unit.source.kind == "file":
         raw = _raw_file(unit, info.size, section.text_column)
     else:

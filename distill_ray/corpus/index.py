@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill_ray.config import fingerprint
-from distill_ray.corpus.containers import Decompressor, container_of, locate, stored_pieces
+from distill_ray.corpus.containers import Decompressor, check_lines, container_of, locate, stored_pieces
 from distill_ray.corpus.parquet import layout
 from distill_ray.errors import UserError
 from distill_ray.storage import NotFoundError, ObjectInfo, Storage
@@ -98,6 +98,7 @@ def _read(uri: str, info: ObjectInfo, unit_bytes: int) -> SourceIndex:
             scanner.feed(piece)
     decompressor.finish()
     scanner.finish()
+    check_lines(uri, scanner.first_line)
     columns = columns_of_line(scanner.first_line)
     return SourceIndex(digest.hexdigest(), scanner.raw_bytes, columns, scanner.cuts, [], [])
 

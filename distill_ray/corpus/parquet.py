@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
@@ -54,8 +54,8 @@ def layout(uri: str) -> tuple[list[str], list[int], list[int]]:
         return list(file.schema_arrow.names), [g.total_byte_size for g in groups], [g.num_rows for g in groups]
 
 
-def batches(source: SourceSlice, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a slice ("row_groups" or "rows"), these columns alone.
+def batches(source: SourceSlice, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a slice ("row_groups" or "rows"), those of these columns alone that the source has.
 
     Raises:
         UserError: the source is damaged.
@@ -76,8 +76,9 @@ def batches(source: SourceSlice, columns: list[str]) -> Iterator[pa.RecordBatch]
             yield from _cuts(held, [(source.start - first, source.stop - first)])
 
 
-def rows_at(uri: str, spans: list[tuple[int, int]], columns: list[str], reach: int) -> Iterator[pa.RecordBatch]:
-    """The rows of ascending spans [start, stop), these columns alone, without a copy of anything on this machine.
+def rows_at(uri: str, spans: list[tuple[int, int]], columns: Collection[str], reach: int) -> Iterator[pa.RecordBatch]:
+    """The rows of ascending spans [start, stop), those of these columns alone that the source has, without a copy of
+    anything on this machine.
 
     A row group cannot be entered in its middle, so what lies before a span is decoded too: of a group of more than
     `reach` uncompressed bytes the spans are moved towards its beginning, in proportion.
@@ -110,8 +111,12 @@ def _cuts(found: Iterator[pa.RecordBatch], spans: list[tuple[int, int]]) -> Iter
             return
 
 
-def _group_batches(file: pq.ParquetFile, groups: list[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
-    yield from file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns)
+def _group_batches(file: pq.ParquetFile, groups: list[int], columns: Collection[str]) -> Iterator[pa.RecordBatch]:
+    yield from file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=_present(file, columns))
+
+
+def _present(file: pq.ParquetFile, columns: Collection[str]) -> list[str]:
+    return [name for name in file.schema_arrow.names if name in columns]
 
 
 def _group_of(file: pq.ParquetFile, row: int) -> tuple[int, int]:
@@ -125,12 +130,12 @@ def _group_of(file: pq.ParquetFile, row: int) -> tuple[int, int]:
     raise ValueError(f"row {row:,} of {first:,}")
 
 
-def _copied(source: SourceSlice, file: pq.ParquetFile, group: int, columns: list[str]) -> IO[bytes] | None:
+def _copied(source: SourceSlice, file: pq.ParquetFile, group: int, columns: Collection[str]) -> IO[bytes] | None:
     """This machine's copy of a row group as an Arrow file: Parquet itself cannot be entered in mid-group."""
     import pyarrow as pa
 
     def write(out: IO[bytes]) -> None:
-        schema = pa.schema([file.schema_arrow.field(name) for name in columns])
+        schema = pa.schema([file.schema_arrow.field(name) for name in _present(file, columns)])
         with pa.ipc.new_file(out, schema) as writer:
             for batch in _group_batches(file, [group], columns):
                 writer.write_batch(batch)
@@ -139,4 +144,4 @@ def _copied(source: SourceSlice, file: pq.ParquetFile, group: int, columns: list
         if source.version and (now is None or now.version != source.version):
             raise UserError(f"corpus source {source.uri} changed since the run was planned; run again to plan it anew")
 
-    return open_copy(f"{source.content}-{fingerprint({'group': group, 'columns': columns})}", write)
+    return open_copy(f"{source.content}-{fingerprint({'group': group, 'columns': sorted(columns)})}", write)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 from distill_ray.config.sections import CorpusSection
-from distill_ray.corpus.containers import container_of, uncompressed_pieces
-from distill_ray.corpus.documents import Document, RefusedDocument, checked, parse_lines, raw_rows
-from distill_ray.corpus.index import columns_of_line
-from distill_ray.corpus.parquet import layout
-from distill_ray.corpus.units import check_columns, needed_columns
+from distill_ray.corpus.beginning import first_records
+from distill_ray.corpus.columns import check_columns
+from distill_ray.corpus.containers import container_of
+from distill_ray.corpus.documents import Document, checked
 from distill_ray.errors import UserError
-from distill_ray.schema import SourceSlice
 from distill_ray.storage import ObjectInfo
 
 _MOST_SOURCES = 8
@@ -44,20 +41,10 @@ def probe_sources(section: CorpusSection, sources: Mapping[str, ObjectInfo], pro
 
 
 def _probe(section: CorpusSection, uri: str, size: int, prompts: bool) -> None:
-    container = container_of(uri)
-    raw: Iterable[dict[str, Any] | RefusedDocument] = ()
-    if container == "parquet":
-        columns, _, rows = layout(uri)
-        check_columns(section, uri, columns, prompts)
-        if sum(rows):
-            first = SourceSlice(uri, "", "rows", 0, min(_RECORDS, next(n for n in rows if n)))
-            raw = raw_rows(first, needed_columns(section, prompts))
-    elif container == "txt":
+    if container_of(uri) == "txt":
         check_columns(section, uri, None, prompts)
-    else:
-        lines = _first_lines(uri, size)
-        check_columns(section, uri, columns_of_line(lines[0]) if lines else None, prompts)
-        raw = parse_lines(lines)
+        return
+    raw = first_records(section, uri, size, prompts, most_bytes=_MOST_BYTES)
     found = list(islice(checked(raw, section, prompts), _RECORDS))
     refused = [item for item in found if not isinstance(item, Document)]
     if len(refused) == _RECORDS:
@@ -66,12 +53,3 @@ def _probe(section: CorpusSection, uri: str, size: int, prompts: bool) -> None:
             f'{section.format}"; the first one: {refused[0][1]}; set corpus.format and its columns to what the source '
             "holds, or leave it out"
         )
-
-
-def _first_lines(uri: str, size: int) -> list[bytes]:
-    buffer = bytearray()
-    for piece in uncompressed_pieces(uri, size):
-        buffer += piece
-        if buffer.count(b"\n") >= _RECORDS or len(buffer) > _MOST_BYTES:
-            return bytes(buffer).split(b"\n")[:-1]
-    return bytes(buffer).removesuffix(b"\n").split(b"\n")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from distill_ray.config.generate import GenerateSection
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.chat import encode_chat_prompt
-from distill_ray.corpus.documents import Document, RefusedDocument, read_documents
+from distill_ray.corpus.documents import Document, read_documents
+from distill_ray.corpus.messages import Chat
 from distill_ray.corpus.reading import check_tokenizer, encode_prompt
+from distill_ray.corpus.refused import RefusedDocument
 from distill_ray.errors import UserError
 from distill_ray.schema import DeadLetter, Sequence, Unit
 
@@ -73,17 +75,17 @@ def prompts_of(
         try:
             if not isinstance(item, Document):
                 raise item[1]
-            ids = _fitting(_encode(tokenizer, item), room, section, generate)
+            ids = _fitting(_encode(tokenizer, item, section), room, section, generate)
         except RefusedDocument as reason:
             yield item.record if isinstance(item, Document) else item[0], str(reason)
             continue
         yield Sequence(ids, np.zeros(len(ids), bool), item.key)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
-    if isinstance(document.content, str):
-        return encode_prompt(tokenizer, document.content)
-    return encode_chat_prompt(tokenizer, cast(list[dict[str, Any]], document.content))
+def _encode(tokenizer: PreTrainedTokenizerBase, document: Document, section: CorpusSection) -> list[int]:
+    if isinstance(document.content, Chat):
+        return encode_chat_prompt(tokenizer, document.content, section.chat_template_kwargs)
+    return encode_prompt(tokenizer, cast(str, document.content))
 
 
 def _fitting(ids: list[int], room: int, section: CorpusSection, generate: GenerateSection) -> np.ndarray:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.chat import Encoded, encode_chat
-from distill_ray.corpus.documents import Document, RefusedDocument, read_documents
-from distill_ray.corpus.tokenizers import opening_of, opens_with
+from distill_ray.corpus.documents import Document, read_documents
+from distill_ray.corpus.messages import Chat
+from distill_ray.corpus.refused import RefusedDocument
+from distill_ray.corpus.tokenizers import opened, opening_of, opens_with, plain_ids, stop_ids
+from distill_ray.corpus.turns import Continued, ended
 from distill_ray.corpus.windows import windows
 from distill_ray.errors import UserError
 from distill_ray.schema import DeadLetter, Sequence, Unit
@@ -24,34 +27,23 @@ _BATCH = 256
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], end: int | None) -> Iterator[Encoded]:
-    """Each text as the tokenizer opens it and, unless it is there already, with this token at its end."""
-    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    """Each text behind what opens one and, unless it is there already, with this token at its end."""
     opening = opening_of(tokenizer)
-    for ids in encoded["input_ids"]:
+    for ids in plain_ids(tokenizer, texts):
         closing = [end] if end is not None and ids[-1:] != [end] else []
-        tokens = np.asarray(_opened_once(ids, opening) + closing, dtype=np.int32)
+        tokens = np.asarray(opened(ids, opening) + closing, dtype=np.int32)
         yield tokens, np.ones(len(tokens), dtype=bool)
-
-
-def _opened_once(ids: list[int], opening: list[int]) -> list[int]:
-    """Of a text that began with the opening by itself, one of the two."""
-    return ids[len(opening) :] if opens_with(ids, opening, at=len(opening)) else ids
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a text that something is to follow."""
-    encoded = tokenizer(prompt, return_special_tokens_mask=True, verbose=False)
-    head, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
-    # A tokenizer that ends every text with eos would end the prompt there too.
-    while head and added[len(head) - 1] and head[-1] == tokenizer.eos_token_id:
-        head.pop()
-    return _opened_once(head, opening_of(tokenizer))
+    return opened(plain_ids(tokenizer, [prompt])[0], opening_of(tokenizer))
 
 
 def _encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
-    """Prompt, completion and eos, each tokenised apart, as they are when the student is asked."""
-    head = encode_prompt(tokenizer, prompt)
-    tail = [*tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    """Prompt and completion, which ends where the teacher stops."""
+    head, tail = Continued(tokenizer).split(prompt, completion)
+    head, tail = opened(head, opening_of(tokenizer)), ended(tokenizer, tail)
     tokens = np.asarray(head + tail, dtype=np.int32)
     return tokens, np.arange(len(tokens)) >= len(head)
 
@@ -60,7 +52,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, section: CorpusSection, documents: list[Document]
 ) -> Iterator[list[Encoded] | RefusedDocument]:
     if section.format == "text" and documents:  # The tokenizer breaks on an empty batch.
-        end = cast(int, tokenizer.eos_token_id) if section.text_eos else None
+        end = stop_ids(tokenizer)[0] if section.text_eos else None
         texts = [cast(str, document.content) for document in documents]
         yield from ([each] for each in _encode_texts(tokenizer, texts, end))
         return
@@ -69,7 +61,7 @@ def _encode(
             if section.format == "prompt_completion":
                 found = [_encode_pair(tokenizer, *cast(tuple[str, str], document.content))]
             else:
-                found = encode_chat(tokenizer, cast(list[dict[str, Any]], document.content))
+                found = encode_chat(tokenizer, cast(Chat, document.content), section.chat_template_kwargs)
             if (longest := max(len(tokens) for tokens, _ in found)) > section.window_tokens:
                 raise RefusedDocument(
                     f"{longest} tokens with its prompt, more than corpus.window_tokens={section.window_tokens}: what "
@@ -78,17 +70,18 @@ def _encode(
             yield found
         except RefusedDocument as reason:
             yield reason
+        except RecursionError:
+            yield RefusedDocument("nested too deeply")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, section: CorpusSection, prompts: bool = False) -> None:
     """Raises UserError where the tokenizer lacks what the format needs."""
     form, opening = section.format, opening_of(tokenizer)
-    ended = form == "prompt_completion" or (form == "text" and section.text_eos)
-    if ended and not prompts and tokenizer.eos_token_id is None:
-        other = "" if form == "prompt_completion" else ", or corpus.text_eos = false"
+    if not prompts and not stop_ids(tokenizer) and (form != "text" or section.text_eos):
+        other = ", or corpus.text_eos = false" if form == "text" else ""
         raise UserError(
-            f'corpus.format = "{form}" ends each of its texts with eos, and the tokenizer has none; state eos_token in '
-            f"its tokenizer_config.json{other}"
+            f'corpus.format = "{form}" ends what is learned with eos, and neither the tokenizer nor the model states '
+            f"one; state eos_token in tokenizer_config.json{other}"
         )
     if len(opening) + section.window_overlap >= section.window_tokens:
         raise UserError(

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill_ray.config import Recipe
-from distill_ray.corpus.containers import Decompressor, container_of, lines_of, stored_pieces
-from distill_ray.corpus.documents import RefusedDocument, checked, parse_lines, rows_of
+from distill_ray.corpus.columns import read_columns
+from distill_ray.corpus.containers import Decompressor, check_lines, container_of, lines_of, stored_pieces
+from distill_ray.corpus.documents import checked, parse_lines, rows_of
 from distill_ray.corpus.parquet import layout, rows_at
 from distill_ray.corpus.prompts import prompts_of
 from distill_ray.corpus.reading import check_tokenizer, held_out, sequences_of
-from distill_ray.corpus.units import needed_columns
+from distill_ray.corpus.refusals import Refusals
+from distill_ray.corpus.refused import RefusedDocument
 from distill_ray.schema import Amounts, Sequence
 from distill_ray.storage import ObjectInfo
 
@@ -47,6 +49,10 @@ class Sample:
     """That were looked into."""
     bytes: int
     """Uncompressed, of the records looked at."""
+    refusals: Refusals
+    """Among them."""
+    whole: bool
+    """Whether that was every record."""
 
 
 @dataclass(frozen=True)
@@ -75,30 +81,40 @@ def sample_sources(recipe: Recipe, sources: Mapping[str, ObjectInfo], tokenizer:
     filled = [uri for uri in sorted(sources) if sources[uri].size]
     chosen = filled[:: -(-len(filled) // _MOST_SOURCES) or 1]
     total = sum(sources[uri].size for uri in chosen)
-    found, read = dict[str, Amounts](), 0
+    found, read, whole = dict[str, Amounts](), 0, len(chosen) == len(filled)
+    taken, reasons = 0, list[str]()
     for uri in chosen:
         size = sources[uri].size
         drawn = _draw(recipe, uri, size, max(1, round(_WINDOWS * size / total)))
         read += drawn.bytes
-        found[uri] = _counted(recipe, drawn, tokenizer).times(1 / drawn.share if drawn.share else 0.0)
+        used, refused = _read(recipe, drawn, tokenizer)
+        sequences = [sequence for document in used for sequence in document]
+        found[uri] = _counted(recipe, drawn, sequences).times(1 / drawn.share if drawn.share else 0.0)
+        taken += len(used)
+        reasons += refused
+        whole &= drawn.share == 1
     each = sum(found.values(), Amounts()).times(1 / total if total else 0.0)
     others = {uri: each.times(info.size) for uri, info in sources.items() if uri not in found}
-    return Sample(found | others, len(chosen), read)
+    return Sample(found | others, len(chosen), read, Refusals.of(taken, reasons), whole)
 
 
-def _counted(recipe: Recipe, drawn: _Drawn, tokenizer: PreTrainedTokenizerBase) -> Amounts:
+def _read(recipe: Recipe, drawn: _Drawn, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[Sequence]], list[str]]:
+    """The sequences of each document, completions not counted, and why others have none."""
     section, generate = recipe.corpus, recipe.capture.generate
     check_tokenizer(tokenizer, section, generate is not None)
     documents = checked(drawn.raw, section, generate is not None)
-    sequences = list[Sequence]()
-    extra = 0
     if generate is None:
-        for found in sequences_of(documents, section, tokenizer):
-            sequences += found if isinstance(found, list) else []
+        read = list(sequences_of(documents, section, tokenizer))
+        used = [found for found in read if isinstance(found, list)]
     else:
-        extra = generate.max_tokens
-        answered = prompts_of(documents, section, generate, tokenizer)
-        sequences += [s for s in answered if isinstance(s, Sequence) for _ in range(generate.samples)]
+        read = list(prompts_of(documents, section, generate, tokenizer))
+        used = [[found] * generate.samples for found in read if isinstance(found, Sequence)]
+    return used, [found[1] for found in read if isinstance(found, tuple)]
+
+
+def _counted(recipe: Recipe, drawn: _Drawn, sequences: list[Sequence]) -> Amounts:
+    section, generate = recipe.corpus, recipe.capture.generate
+    extra = generate.max_tokens if generate else 0
     if not sequences:
         return Amounts()
     counts = np.array([(len(s.tokens) + extra, int(s.loss_mask.sum()) + extra) for s in sequences])
@@ -114,12 +130,14 @@ def _counted(recipe: Recipe, drawn: _Drawn, tokenizer: PreTrainedTokenizerBase) 
 def _draw(recipe: Recipe, uri: str, size: int, windows: int) -> _Drawn:
     container, section = container_of(uri), recipe.corpus
     if container == "parquet":
-        return _rows(uri, windows, needed_columns(section, recipe.capture.generate is not None))
+        return _rows(uri, windows, read_columns(section, recipe.capture.generate is not None))
     if container == "txt":
         return _pieces(uri, size, windows, section.text_column)
     if container == "jsonl":
+        check_lines(uri, next(stored_pieces(uri, 0, min(size, _WINDOW_BYTES)), b""))
         return _lines(lambda begin: stored_pieces(uri, begin, size, _WINDOW_BYTES), size, size, windows)
     text, whole = _beginning(uri, size)
+    check_lines(uri, text[:_WINDOW_BYTES])
     return _lines(lambda begin: iter([text[begin:]]), len(text), whole, windows)
 
 
@@ -175,4 +193,4 @@ def _rows(uri: str, windows: int, columns: tuple[str, ...]) -> _Drawn:
         return _Drawn(iter(()), 1.0, 0)
     spans = _spans(rows, windows, max(1, round(_WINDOW_BYTES * rows / max(size, 1))))
     share = sum(b - a for a, b in spans) / rows
-    return _Drawn(rows_of(uri, rows_at(uri, spans, list(columns), _REACH), columns), share, round(size * share))
+    return _Drawn(rows_of(uri, rows_at(uri, spans, columns, _REACH)), share, round(size * share))

@@ -86,9 +86,21 @@ def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [number for number, _ in takewhile(lambda pair: pair[1], marked)]
 
 
-def opens_with(ids: list[int] | np.ndarray, opening: list[int], at: int = 0) -> bool:
-    """Whether these tokens stand there; not where there are none."""
-    return bool(opening) and list(ids[at : at + len(opening)]) == opening
+def opens_with(ids: list[int] | np.ndarray, opening: list[int]) -> bool:
+    """Whether these tokens stand at the beginning; not where there are none."""
+    return bool(opening) and list(ids[: len(opening)]) == opening
+
+
+def opened(ids: list[int], opening: list[int]) -> list[int]:
+    """A text behind what opens one, which it may already begin with."""
+    return ids if opens_with(ids, opening) else opening + ids
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, with no special token but those that it writes itself."""
+    if not texts:  # on which the tokenizer breaks
+        return []
+    return cast(list[list[int]], tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

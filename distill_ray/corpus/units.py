@@ -15,6 +15,7 @@ import numpy as np
 from distill_ray.codec import row_bytes
 from distill_ray.config import canonical_json
 from distill_ray.config.sections import CorpusSection
+from distill_ray.corpus.columns import check_columns
 from distill_ray.corpus.containers import container_of
 from distill_ray.corpus.index import SourceIndex, cached_index, index_source
 from distill_ray.errors import UserError
@@ -36,37 +37,6 @@ _SIDE_BYTES = 32
 
 Slice = tuple[str, int, int, int]
 """Kind, start, stop, source bytes."""
-
-
-def needed_columns(section: CorpusSection, prompts: bool = False) -> tuple[str, ...]:
-    """Columns or keys that every record must have; of `prompts`, those that the teacher is to answer."""
-    if section.format == "text":
-        return (section.text_column,)
-    if section.format == "prompt_completion":
-        return ("prompt",) if prompts else ("prompt", "completion")
-    return ("messages",)
-
-
-def check_columns(section: CorpusSection, uri: str, columns: list[str] | None, prompts: bool = False) -> None:
-    """Raises UserError where a source of these columns (None: unknown) cannot be what `corpus.format` says."""
-    if container_of(uri) == "txt":
-        if section.format != "text":
-            raise UserError(
-                f'corpus source {uri} is plain text, but corpus.format = "{section.format}"; '
-                'use JSONL or Parquet, or format = "text"'
-            )
-        return
-    if columns is None:
-        return
-    doubled = [column for column in needed_columns(section, prompts) if columns.count(column) > 1]
-    if doubled:
-        raise UserError(f"corpus source {uri} has several columns {doubled}; rename or drop all but one of each")
-    missing = [column for column in needed_columns(section, prompts) if column not in columns]
-    if missing:
-        raise UserError(
-            f'corpus source {uri}: corpus.format = "{section.format}" needs {missing}, and the first record has '
-            f"{columns}; set corpus.text_column or corpus.format, or rename the columns"
-        )
 
 
 def _parquet_slices(unit_bytes: int, index: SourceIndex) -> Iterator[Slice]:
@@ -137,11 +107,15 @@ def _too_large(section: CorpusSection, top_k: int, draws: int, uri: str, piece: 
     )
 
 
-def _reading(section: CorpusSection) -> dict[str, Any]:
-    """How documents are read now, as far as they were once read otherwise."""
+def _reading(section: CorpusSection, prompts: bool) -> dict[str, Any]:
+    """How documents are read now, as far as they were once read otherwise: units from before still stand if not."""
     if section.format == "text":
-        return {"eos": True} if section.text_eos else {}
-    return {"turns": "as served"} if section.format == "messages" else {"whole": True}
+        return {} if prompts or not section.text_eos else {"eos": True}
+    columns = {"columns": section.columns} if section.columns else {}
+    if section.format == "prompt_completion":
+        return columns if prompts else {"whole": True} | columns
+    kwargs = {"chat_template_kwargs": section.chat_template_kwargs} if section.chat_template_kwargs else {}
+    return {"chats": "as served"} | columns | kwargs
 
 
 def _hasher(
@@ -165,8 +139,9 @@ def _hasher(
             "window_overlap": section.window_overlap,
             "unit_bytes": section.unit_bytes,
         }
-        # Left out otherwise, so that the units from before there were prompts, or an eos, still stand.
-        | ({"prompts": True} if prompts else _reading(section))
+        # Left out otherwise, so that the units from before there were prompts still stand.
+        | ({"prompts": True} if prompts else {})
+        | _reading(section, prompts)
     )
     before, _, after = text.partition(json.dumps(hole))
 

@@ -186,13 +186,15 @@ def untimed_units(manifest: RunManifest) -> int:
     return sum(u.teacher_seconds == 0 and len(u.lengths) > 0 for u in manifest.units)
 
 
-def target_figures(manifest: RunManifest) -> reports.TargetFigures:
-    """What the targets weigh and hold."""
+def target_figures(manifest: RunManifest, entry: Mapping[str, Any]) -> reports.TargetFigures:
+    """What the targets weigh and hold, and what was refused, as the published `entry` of the targets says."""
     return reports.TargetFigures(
         rows=manifest.rows,
         bytes_per_row=sum(u.object_bytes for u in manifest.units) / manifest.rows,
         mean_kept_mass=manifest.mean_kept_mass,
         dead_letters=manifest.dead,
+        documents=entry.get("documents"),
+        refused=entry.get("refused", {}),
     )
 
 

@@ -110,7 +110,7 @@ def run(
         ),
         cost=cost_figures(recipe, storage, published, stored(recipe, storage, manifest), targets_time(manifest)),
         tokens=token_counts(published["targets"], manifest, history, evaluation.teacher.rows),
-        targets=target_figures(manifest),
+        targets=target_figures(manifest, published["targets"]),
         history=history,
         require=recipe.evaluate.bounds(),
         audit=audit_figures(published),

@@ -10,6 +10,7 @@ import numpy as np
 
 from distill_ray import corpus, targets
 from distill_ray.config import Recipe
+from distill_ray.errors import UserError
 from distill_ray.ingest import check_mix
 from distill_ray.schema import Amounts
 from distill_ray.storage import ObjectInfo, Storage, glob_sources
@@ -71,6 +72,7 @@ def corpus_amounts(
         known, captured = _known(recipe, storage, identity, sources, notes)
     unread = {uri: info for uri, info in sources.items() if known.get(uri, _Known()).new > 0}
     sample = corpus.sample_sources(recipe, unread, tokenizer)
+    _check_refusals(recipe, sample, notes)
     new, epoch = Amounts(), Amounts()
     for uri in sources:
         about, whole = known.get(uri, _Known()), sample.of_source.get(uri, Amounts())
@@ -79,6 +81,17 @@ def corpus_amounts(
     size = sum(info.size for info in sources.values())
     fresh = round(sum(info.size * known.get(uri, _Known()).new for uri, info in unread.items()))
     return CorpusAmounts(new, fresh, captured, epoch, len(sources), size, sample, tuple(notes))
+
+
+def _check_refusals(recipe: Recipe, sample: corpus.Sample, notes: list[str]) -> None:
+    found, bound = sample.refusals, recipe.capture.max_refused
+    among = "the corpus" if sample.whole else f"a sample of {sample.sources} source(s)"
+    if found.beyond(bound, of_all=sample.whole):
+        raise UserError(
+            f"{among}: {found}. capture.max_refused={bound:g} allows fewer; mend them or the recipe, or raise it"
+        )
+    if found.refused:
+        notes.append(f"{among}: {found}")
 
 
 def _known(

@@ -58,6 +58,10 @@ class TargetFigures:
     mean_kept_mass: float
     dead_letters: int
     """Documents and sequences that failed for their own reasons."""
+    documents: int | None
+    """Of the corpus, refused ones among them; None for targets captured before this was counted."""
+    refused: dict[str, int]
+    """How many documents for which kind of reason, by its first one."""
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,9 @@ def _amounts(report: dict[str, Any]) -> str:
         ("Mean kept mass", f"{targets['mean_kept_mass']:.4f}"),
         ("Dead letters", f"{targets['dead_letters']:,}"),
     ]
+    if targets["documents"] is not None:
+        rows.append(("Documents of the corpus", f"{targets['documents']:,}"))
+    rows += [(f"Refused: {reason}", f"{count:,}") for reason, count in targets["refused"].items()]
     return _table(rows, value_class="number")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import threading
 import time
 from functools import partial
@@ -158,7 +159,8 @@ def test_dead_letters_are_listed_once_whatever_is_rerun(tmp_path: Path) -> None:
     path = _write(tmp_path / "corpus", "a.jsonl", [*TEXTS, ""])
     with path.open("ab") as stream:
         stream.write(b'{"text": "\xff\xfe"}\n')
-    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    lenient = {"max_refused": 1.0}
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", capture=lenient)
     manifest = _run(recipe, ShortTeacher)
     lengths = np.concatenate([u.lengths for u in manifest.units])
     letters = tmp_path / "root" / "dead-letters" / recipe.name / f"{recipe.version}.jsonl"
@@ -169,7 +171,7 @@ def test_dead_letters_are_listed_once_whatever_is_rerun(tmp_path: Path) -> None:
     assert [json.loads(line) for line in letters.read_text().splitlines()] == first
 
     # Another capture (top_k = 1 … is another fingerprint) whose teacher refuses one sequence for its own reasons.
-    other = _recipe(tmp_path / "other", f"{tmp_path}/corpus/*")
+    other = _recipe(tmp_path / "other", f"{tmp_path}/corpus/*", capture=lenient)
     manifest = _run(other, partial(ShortTeacher, refused=int(lengths[0])))
     letters = tmp_path / "other" / "dead-letters" / other.name / f"{other.version}.jsonl"
     reasons = [json.loads(line)["reason"] for line in letters.open()]
@@ -177,9 +179,44 @@ def test_dead_letters_are_listed_once_whatever_is_rerun(tmp_path: Path) -> None:
     assert sum("displease" in r for r in reasons) == int((lengths == lengths[0]).sum())
 
 
+def test_more_refused_documents_than_allowed_stop_a_capture_as_soon_as_that_is_certain(tmp_path: Path) -> None:
+    _write(tmp_path / "corpus", "a.jsonl", [*TEXTS, ""] * 100)
+    documents, bad = 100 * len(TEXTS) + 100, 100
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    with pytest.raises(UserError, match="documents captured so far are refused") as early:
+        _run(recipe, ShortTeacher)
+    counts = re.match(r"(\d+) of the (\d+) documents", str(early.value))
+    assert counts
+    refused, seen = map(int, counts.groups())
+    assert refused < bad
+    assert seen < documents
+    assert f"unit(s) {refused} × empty: no text. Every captured unit is kept" in str(early.value)
+    kept = list(Path(tmp_path, "root").glob("targets/*/*.parquet"))
+    assert kept
+
+    store = open_storage(recipe.storage.root)
+    allowed = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", capture={"max_refused": 0.5})
+    notes = list[str]()
+
+    class Noted(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    manifest = _run(allowed, ShortTeacher, Noted)
+    told = f"{bad} of {documents} documents ({bad / documents:.2%}) are refused: {bad} × empty: no text"
+    assert told in notes
+    entry = read_published(store, recipe.run_prefix)["targets"]
+    assert (entry["documents"], entry["refused"]) == (documents, {"empty: no text": bad})
+    assert entry["reused"] >= len(kept)
+    assert manifest.dead == bad
+
+    with pytest.raises(UserError, match=re.escape(f"{told}. capture.max_refused=0.01 allows fewer")):
+        _run(recipe, ShortTeacher)
+
+
 def test_all_documents_dead_is_the_users_error(tmp_path: Path) -> None:
     _write(tmp_path / "corpus", "a.jsonl", ["", ""])
-    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*")
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", capture={"max_refused": 1.0})
     with pytest.raises(UserError, match="none of the corpus's 2 documents"):
         _run(recipe, ShortTeacher)
     assert "targets" not in read_published(open_storage(recipe.storage.root), recipe.run_prefix)

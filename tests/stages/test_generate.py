@@ -116,6 +116,7 @@ def test_vllm_answers_as_the_reference_does_and_by_seeds_alone(tmp_path: Path) -
 
 GENERATE = """[capture]
 mode = "generate"
+max_refused = 0.05
 generate = { samples = 2, max_tokens = 20, seed = 3 }
 """
 

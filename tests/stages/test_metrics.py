@@ -100,7 +100,9 @@ def test_a_capture_is_seen_by_prometheus(tmp_path: Path, monkeypatch: pytest.Mon
     for name in "abc":
         _write(tmp_path / "corpus", f"{name}.jsonl", [f"{name} is a class", f"{name} is an object too", ""])
     cost = {"teacher_gpu_hour": 2.0}
-    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*.jsonl", version="seen", cost=cost)
+    recipe = _recipe(
+        tmp_path / "root", f"{tmp_path}/corpus/*.jsonl", version="seen", cost=cost, capture={"max_refused": 1.0}
+    )
     manifest = _run(recipe, partial(ShortTeacher, seconds=1.0))
     assert max(seen) == 1  # it goes as soon as no unit waits for it
     labels = {"run": recipe.name, "version": "seen", "stage": "capture"}

@@ -4,10 +4,13 @@ import copy
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from distill_ray.corpus import chat as chats
 from distill_ray.corpus import load_tokenizer
-from distill_ray.corpus.chat import encode_chat
-from distill_ray.corpus.documents import RefusedDocument
+from distill_ray.corpus.messages import Chat
+from distill_ray.corpus.refused import RefusedDocument
 from tests.assets import smollm2_folder
 
 CHAT = [
@@ -28,6 +31,10 @@ GENERATION = (
 @pytest.fixture(scope="module")
 def smollm2():
     return load_tokenizer(smollm2_folder())
+
+
+def encode_chat(tokenizer, messages):
+    return chats.encode_chat(tokenizer, Chat(messages), {})
 
 
 def with_template(tokenizer, template):
@@ -82,7 +89,7 @@ def test_supervision_by_generation_blocks_is_the_same(smollm2):
 
 def test_a_stop_inside_the_content_is_refused(smollm2):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "say <|im_end|> twice <|im_end|>!"}]
-    with pytest.raises(RefusedDocument, match=r"says <\|im_end\|>, at which the teacher stops"):
+    with pytest.raises(RefusedDocument, match=r"says '<\|im_end\|>', at which the teacher stops"):
         encode_chat(smollm2, chat)
 
 
@@ -152,7 +159,7 @@ def test_reasoning_that_the_prompt_opens_is_not_said_again(smollm2):
         ("{{ raise_exception('roles must alternate') }}", "refuses it: roles must alternate"),
         ("{{ messages[0].missing.deeper }}", "refuses it"),
         ("{{ 'a' + 1 }}", "refuses it"),
-        ("{{ messages | length }}", "message 2: the chat template changes what stands before the turn"),
+        ("{{ messages | length }}", "message 2: the chat template drops what the assistant said: 'One: naïve 日本語"),
         (
             "{% for m in messages %}{{ m.role + m.content[:9] + '\n' }}{% endfor %}",
             "message 2: the chat template drops what the assistant said: 'One: naïve 日本語",
@@ -172,8 +179,30 @@ def test_a_chat_without_an_assistant_turn_is_refused(smollm2):
 
 def test_a_template_that_writes_the_date_gives_the_same_ids_every_day(smollm2):
     dated = with_template(smollm2, "{{ strftime_now('%d %B %Y') }}" + smollm2.chat_template)
-    with pytest.raises(RefusedDocument):
-        # An assistant turn right at the start: SmolLM2's template puts its own system turn before it.
-        encode_chat(dated, CHAT[2:3])
     ((ids, _),) = encode_chat(dated, CHAT)
     assert dated.decode(ids).startswith("26 July 2024")
+
+
+@pytest.fixture(scope="module")
+def spaced():
+    """A tokenizer of SentencePiece's kind, which puts a space before every text: of words, each with its space."""
+    backend = Tokenizer(models.BPE({chr(c): i for i, c in enumerate((0x2581, *range(33, 127)))}, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    found = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    found.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    found.__dict__["distill_ray_stop_ids"] = (found.eos_token_id,)
+    return found
+
+
+def test_an_answer_goes_on_from_its_prompt_as_one_text(spaced):
+    """Alone, the tokenizer would put a space before the answer, which no model is served."""
+    chat = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a")) * 2]
+    ((ids, supervised),) = encode_chat(spaced, chat)
+    whole = "<s>[INST] q [/INST]a</s>[INST] q [/INST]a</s>"
+    assert ids.tolist() == spaced(whole, add_special_tokens=False)["input_ids"]
+    assert spaced.convert_ids_to_tokens(ids[supervised].tolist()) == ["a", "</s>"] * 2
+    assert spaced.convert_ids_to_tokens(spaced("a", add_special_tokens=False)["input_ids"]) == ["▁", "a"]

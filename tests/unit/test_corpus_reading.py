@@ -162,6 +162,14 @@ def test_an_answer_beyond_the_window_is_refused_rather_than_learned_without_its_
     assert dead.reason.startswith(f"{n} tokens with its prompt, more than corpus.window_tokens={n - 1}: ")
 
 
+def test_a_completion_ends_once_where_the_teacher_stops(tmp_path, tokenizer):
+    said = ["x", "x<|im_end|>", "x<|im_end|>\n", "x<|im_end|>y"]
+    (tmp_path / "a.jsonl").write_bytes(lines({"prompt": f"{i}: ", "completion": text} for i, text in enumerate(said)))
+    found, (dead,) = read(section(tmp_path / "a.jsonl", format="prompt_completion"), tokenizer)
+    assert [tokenizer.decode(s.tokens[s.loss_mask]) for s in found] == ["x<|im_end|>"] * 3
+    assert (dead.record, dead.reason) == (3, "the answer says '<|im_end|>', at which the teacher stops")
+
+
 def test_a_window_that_its_opening_fills_is_refused(tmp_path, opener):
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": TEXTS[0]}]))
     with pytest.raises(UserError, match=r"window_tokens=4 leaves nothing beside the 1 token\(s\) .* window_overlap=3"):
@@ -287,7 +295,7 @@ def test_a_source_replaced_while_it_is_read_is_refused(tmp_path, tokenizer, monk
         read_unit_sequences(unit, corpus, tokenizer)
 
 
-@pytest.mark.parametrize("line", [b"[" * 200_000, b'{"id": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize("line", [b'{"a":' * 200_000, b'{"id": ' + b"9" * 5000 + b"}"])
 def test_a_first_line_that_json_cannot_take_stops_no_planning(tmp_path, tokenizer, line):
     (tmp_path / "a.jsonl").write_bytes(line + b"\n" + lines([{"text": TEXTS[0]}]))
     sequences, dead = read(section(tmp_path / "a.jsonl", unit_bytes=2**20), tokenizer)
@@ -318,13 +326,20 @@ def test_a_tokenizer_that_lacks_what_the_format_needs_is_refused(tmp_path, token
     (tmp_path / "a.jsonl").write_bytes(lines([{"messages": CHATS[0], "prompt": "p", "completion": "c"}]))
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = bare.eos_token = None
+    bare.__dict__["distill_ray_stop_ids"] = ()
     asked = {
-        "messages": "no usable chat template",
+        "messages": "eos",
         "prompt_completion": "eos",
         "text": r"eos.* corpus.text_eos = false",
     }
     for form, message in asked.items():
         with pytest.raises(UserError, match=message):
             read(section(tmp_path / "a.jsonl", format=form, text_column="prompt"), bare)
+    for form in ("text", "prompt_completion"):
+        bare.__dict__["distill_ray_stop_ids"] = (2,)
+        found, _ = read(section(tmp_path / "a.jsonl", format=form, text_column="prompt"), bare)
+        assert found[0].tokens[-1] == 2, "the model's own, though the tokenizer states none"
+    with pytest.raises(UserError, match="no usable chat template"):
+        read(section(tmp_path / "a.jsonl", format="messages"), bare)
     short = section(tmp_path / "a.jsonl", text_eos=False, text_column="prompt")
     assert read(short, bare) == ([], [DeadLetter(ANY, ANY, 0, "1 token(s): nothing to predict")])

@@ -15,6 +15,7 @@ import pytest
 from distill_ray import corpus
 from distill_ray.config import Recipe, parse_recipe
 from distill_ray.corpus import Sample, held_out, load_tokenizer, sample_sources
+from distill_ray.errors import UserError
 from distill_ray.forecast.amounts import corpus_amounts
 from distill_ray.schema import Amounts
 from distill_ray.storage import glob_sources, open_storage
@@ -175,3 +176,33 @@ def test_mix_and_repeated_content_count_for_training_alone(tmp_path: Path, token
     twice = corpus_amounts(recipe, storage, tokenizer, OF)
     assert twice.epoch.train_tokens == pytest.approx(2 * twice.new.train_tokens)
     assert twice.new.tokens == pytest.approx(twice.sample.of_source[str(data / "a.jsonl")].tokens)
+
+
+def test_too_many_refused_documents_are_found_before_anything_is_captured(tmp_path: Path, tokenizer: Any):
+    storage = open_storage(str(tmp_path / "root"))
+    texts = [{"text": FEW}] * 9_700
+    recipe = _recipe(tmp_path / "a.jsonl")
+    _write(tmp_path / "a.jsonl", [*texts, *[{"text": " "}] * 300])
+    with pytest.raises(
+        UserError, match=r"the corpus: 300 of 10,000 documents \(3.00%\) are refused: 300 × empty: no text"
+    ):
+        corpus_amounts(recipe, storage, tokenizer, OF)
+    _write(tmp_path / "a.jsonl", [*texts, *[{"text": " "}] * 90])
+    found = corpus_amounts(recipe, storage, tokenizer, OF)
+    assert "the corpus: 90 of 9,790 documents (0.92%) are refused: 90 × empty: no text" in found.notes
+
+
+def test_refused_documents_of_a_sample_are_judged_by_what_chance_allows(tmp_path: Path, tokenizer: Any):
+    storage = open_storage(str(tmp_path / "root"))
+    recipe = _recipe(tmp_path / "a.jsonl")
+    for step, beyond in ((20, True), (200, False)):
+        lines = [{"text": f"{FEW} {i} " + "x" * 400 if i % step else " " * 400} for i in range(8_000)]
+        _write(tmp_path / "a.jsonl", lines)
+        if beyond:
+            with pytest.raises(
+                UserError, match=r"a sample of 1 source\(s\): .* × empty.*capture.max_refused=0.01 allows"
+            ):
+                corpus_amounts(recipe, storage, tokenizer, OF)
+        else:
+            (note,) = (note for note in corpus_amounts(recipe, storage, tokenizer, OF).notes if "refused" in note)
+            assert note.startswith("a sample of 1 source(s): ")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distill_ray.config.sections import CorpusSection
@@ -299,6 +299,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(folder, tmp_path_fact
 )
 def test_slices_hold_each_line_once_whole_wherever_they_are_cut(tmp_path_factory, lines, ended, unit, cuts):
     data = b"\n".join(lines) + (b"\n" if ended else b"")
+    assume(not lines or not lines[0].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["))  # a JSON array
     expected = data.split(b"\n")
     if not expected[-1]:
         expected.pop()

@@ -67,7 +67,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[str]:
 
 def test_every_number_of_a_report_can_be_bounded():
     report, _ = _report({}, AUDIT, cost_section(**PRICES))
-    skipped = ("schema_version", "recipe.", "kept_mass.")
+    skipped = ("schema_version", "recipe.", "kept_mass.", "targets.refused.")
     assert [key for key in _leaves(report) if key not in KEYS and not key.startswith(skipped)] == []
     from distill_ray.student.engine import StepResult
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from distill_ray import render
-from distill_ray.cli import _parser
+from distill_ray.arguments import parser
 from distill_ray.config.cluster import ROLE_LABEL
 from distill_ray.errors import UserError
 from distill_ray.submit.naming import base_id
@@ -196,14 +196,14 @@ def test_the_recipe_travels_and_the_head_finds_it():
     assert volume["configMap"]["name"] == config["metadata"]["name"]
     (file,) = config["data"]
     words = shlex.split(job["spec"]["entrypoint"])
-    arguments = _parser().parse_args(words[1:])
+    arguments = parser().parse_args(words[1:])
     assert (words[0], arguments.command, arguments.recipe) == ("distill-ray", "run", f"{mount['mountPath']}/{file}")
     assert (arguments.version, arguments.address, arguments.root) == ("2026-W48", "auto", None)
 
 
 def test_a_root_given_to_render_is_given_to_the_run():
     job = of_kind(rendered("rayjob", recipe_of(), root="s3://other/it's"), "RayJob")
-    assert _parser().parse_args(shlex.split(job["spec"]["entrypoint"])[1:]).root == "s3://other/it's"
+    assert parser().parse_args(shlex.split(job["spec"]["entrypoint"])[1:]).root == "s3://other/it's"
 
 
 def test_the_recipe_s_text_survives_yaml(tmp_path: Path):
@@ -339,4 +339,4 @@ def test_output_goes_to_a_file(tmp_path: Path):
 
 def test_kinds_are_those_of_the_command():
     for kind in render.KINDS:
-        _parser().parse_args(["render", "r.toml", "--kind", kind])
+        parser().parse_args(["render", "r.toml", "--kind", kind])

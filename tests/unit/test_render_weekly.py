@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from distill_ray import render
-from distill_ray.cli import _parser
+from distill_ray.arguments import parser
 from distill_ray.config import iso_week
 from distill_ray.errors import DistillError, UserError
 from distill_ray.submit.naming import base_id
@@ -91,7 +91,7 @@ def test_the_cronjob_s_pod_gives_a_command_that_there_is():
     documents = rendered("cronjob", recipe_of(None), root="s3://other/root")
     pod = of_kind(documents, "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    arguments = _parser().parse_args(container["command"][1:])
+    arguments = parser().parse_args(container["command"][1:])
     assert (arguments.command, arguments.kind, arguments.create) == ("render", "rayjob", True)
     assert (arguments.version, arguments.root) == (None, "s3://other/root")
     mounted = of_kind(documents, "ConfigMap")["metadata"]["name"]
@@ -118,7 +118,7 @@ def test_the_raycronjob_s_shell_finds_the_version(tmp_path: Path):
         "RAY_CLUSTER_NAME": attempt(now - dt.timedelta(days=6)),
     }
     out = subprocess.run([shell, "-c", entrypoint], capture_output=True, text=True, check=True, env=environment)
-    given = _parser().parse_args(out.stdout.splitlines())
+    given = parser().parse_args(out.stdout.splitlines())
     assert (given.command, given.address) == ("run", "auto")
     assert given.version == iso_week((now - dt.timedelta(days=6)).date())
 
