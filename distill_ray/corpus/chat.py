@@ -73,7 +73,12 @@ def _turns(template: Template, chat: Chat) -> Iterator[Turn]:
     for number, message in enumerate(chat.messages):
         if message["role"] != "assistant" or number in chat.unlearned:
             continue
-        turn = template.turn(chat.messages[: number + 1])
+        try:
+            turn = template.turn(chat.messages[: number + 1])
+        except RefusedDocument:
+            if number == 0:
+                continue  # No server asks for a turn of an empty chat; what follows is read behind it.
+            raise
         if left_out := _left_out(message, turn.said):
             raise RefusedDocument(
                 f"message {number}: the chat template drops what the assistant said: {left_out[:_SHOWN]!r}"

@@ -132,8 +132,8 @@ def _message(number: int, message: Message) -> Message:
     found: Message = {"role": "tool" if role == "function" else role, "content": _content(number, message)}
     rest = {key: value for key, value in message.items() if key not in (*found, *_LEARNED, "function_call")}
     if role == "assistant":
-        calls = rest.pop("tool_calls", None) or ([message["function_call"]] if "function_call" in message else [])
-        if calls:
+        calls = _unpacked(rest.pop("tool_calls", None)) or [message.get("function_call")]
+        if calls != [None]:
             rest["tool_calls"] = [_call(number, call) for call in calls]
         if reasoning := next((rest[name] for name in REASONING if rest.get(name)), None):
             rest |= {name: rest.get(name) or reasoning for name in REASONING}

@@ -186,6 +186,18 @@ def test_a_stop_that_marks_the_next_turn_is_the_one_to_end_with(tokenizers):
     assert (before, turn) == ("[gMASK]<sop><|user|>\nq<|assistant|>", "\na<|user|>")
 
 
+def test_a_greeting_before_any_question_is_read_where_no_template_asks_for_it(tokenizers):
+    chat = Chat([{"role": "assistant", "content": "hello"}, ASKED, {"role": "assistant", "content": "a"}])
+    (only,) = supervised_spans(encode_chat(tokenizers["qwen3"], chat, {}))
+    before, turn = (tokenizers["qwen3"].decode(ids) for ids in only)
+    assert before.startswith("<|im_start|>assistant\nhello<|im_end|>")
+    assert turn.endswith("a<|im_end|>")
+    first, _ = supervised_spans(encode_chat(tokenizers["chatml"], chat, {}))
+    assert tokenizers["chatml"].decode(first[1]).strip() == "hello<|im_end|>"
+    with pytest.raises(RefusedDocument, match="no assistant turn that is learned"):
+        encode_chat(tokenizers["qwen3"], Chat(chat.messages[:1]), {})
+
+
 def test_words_in_arguments_are_told_from_those_that_are_lost(tokenizers):
     arguments = {"a": True, "b": None, "c": 1.5, "d": [{"e": 'é"\n'}]}
     call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
