@@ -22,7 +22,8 @@ _OPENED = 20
 
 def refusals(recipe: Recipe, summaries: pa.Table, letters: Sequence[DeadLetter]) -> corpus.Refusals:
     """Of all units of a run. Completions that `unfinished = "drop"` drops are no documents that were refused."""
-    taken = _documents(summaries["doc_keys"].combine_chunks().flatten().to_numpy())
+    keys = summaries["doc_keys"].combine_chunks()
+    taken = _documents(keys.flatten().to_numpy(), keys.value_lengths().to_numpy())
     counted = [letter.reason for letter in letters if not (_drops(recipe) and letter.record == UNKNOWN_RECORD)]
     return corpus.Refusals.of(taken, counted)
 
@@ -61,7 +62,7 @@ class Watch:
         Raises:
             UserError: by now more than `capture.max_refused` of all documents.
         """
-        self._taken += _documents(summary.doc_keys)
+        self._taken += _documents(summary.doc_keys, np.array([len(summary.doc_keys)]))
         self._refused += summary.dead
         self._bytes += size
         if summary.dead:
@@ -84,9 +85,13 @@ class Watch:
         )
 
 
-def _documents(doc_keys: np.ndarray) -> int:
-    """Documents whose sequences follow each other; equal ones side by side count once."""
-    return int(np.count_nonzero(doc_keys[1:] != doc_keys[:-1])) + (len(doc_keys) > 0)
+def _documents(doc_keys: np.ndarray, lengths: np.ndarray) -> int:
+    """Documents of units of so many sequences each; equal ones side by side in a unit count once."""
+    first = np.ones(len(doc_keys), bool)
+    first[1:] = doc_keys[1:] != doc_keys[:-1]
+    begins = np.cumsum(lengths)
+    first[begins[begins < len(doc_keys)]] = True
+    return int(first.sum())
 
 
 def _drops(recipe: Recipe) -> bool:
