@@ -183,12 +183,12 @@ def test_a_template_that_writes_the_date_gives_the_same_ids_every_day(smollm2):
     assert dated.decode(ids).startswith("26 July 2024")
 
 
-@pytest.fixture(scope="module")
-def spaced():
+@pytest.fixture(scope="module", params=["first", "always"])
+def spaced(request):
     """A tokenizer of SentencePiece's kind, which puts a space before every text: of words, each with its space."""
     backend = Tokenizer(models.BPE({chr(c): i for i, c in enumerate((0x2581, *range(33, 127)))}, []))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=request.param)
+    backend.decoder = decoders.Metaspace(prepend_scheme=request.param)
     found = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
     found.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"

@@ -91,6 +91,7 @@ def test_a_templates_own_switch_is_the_recipes(tokenizers):
     tokenizer = tokenizers["qwen3"]
     chat = Chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
     ((before, said),) = supervised_spans(encode_chat(tokenizer, chat, {"enable_thinking": False}))
+    assert before == encode_chat_prompt(tokenizer, Chat(chat.messages[:1]), {"enable_thinking": False})
     assert tokenizer.decode(before).endswith("assistant\n<think>\n\n</think>\n\n")
     assert tokenizer.decode(said) == "a<|im_end|>"
     ((before, said),) = supervised_spans(encode_chat(tokenizer, chat, {}))
