@@ -25,6 +25,7 @@ BY_FILE = [*TWO, "--dist", "loadfile", "--no-loadscope-reorder"]
 SUITES: dict[str, dict[str, list[str]]] = {
     # What Ray leaves in processes that connected to clusters cannot reach the others' tests.
     "core": {"unit": [*TWO, "tests/unit", "tests/gpu", "tests/cluster"], "stages": [*BY_FILE, "tests/stages"]},
+    "random": {"random": [*TWO, "--hypothesis-profile=random", "-m", "hypothesis", "tests/unit"]},
     "long": {"long": ["-m", "long"]},
     "kill": {"kill": ["-m", "kill and not slow"]},
     "mutants": {"mutants": [*TWO, "--dist", "loadgroup", "-m", "mutants"]},
@@ -35,7 +36,7 @@ SUITES: dict[str, dict[str, list[str]]] = {
     "soak": {"soak": ["-s", "-m", "soak", "tests/cluster/chaos"]},
 }
 """Name → its processes: name → arguments of pytest."""
-ALL = ("core", "long", "kill", "mutants", "quickstart", "slow")
+ALL = ("core", "random", "long", "kill", "mutants", "quickstart", "slow")
 MOST_SECOND_RUNS = 10
 """More failures than this are no unsteadiness: the run is red at once."""
 

@@ -89,33 +89,35 @@ def _turns(template: Template, chat: Chat) -> Iterator[Turn]:
 def _left_out(message: Message, said: str) -> str | None:
     """A thing of the message that does not stand in its turn, white space aside; each has a place of its own."""
     thoughts = dict.fromkeys(str(message[key]) for key in REASONING if message.get(key))
-    pieces = [(piece,) for text in (*thoughts, message["content"]) for piece in _THINK.split(text)]
+    pieces = [_written(piece) for text in (*thoughts, message["content"]) for piece in _THINK.split(text)]
     for call in message.get("tool_calls", ()):
-        pieces += [(call["function"]["name"],), *_leaves(call["function"]["arguments"])]
+        pieces += [_written(call["function"]["name"]), *_leaves(call["function"]["arguments"])]
     rest = _squeezed(said)
-    for piece in sorted(pieces, key=lambda piece: -len(piece[0])):
-        forms = [_squeezed(form) for text in piece for form in (text, _escaped(text), _escaped(text, ascii_only=True))]
+    found = [([form for form in map(_squeezed, forms) if form in rest], min(forms, key=len)) for forms in pieces]
+    # The longest first: what is short may stand in what is long.
+    for forms, text in sorted(found, key=lambda each: -len(each[0][0]) if each[0] else 0):
         if (form := next((form for form in forms if form in rest), None)) is None:
-            return piece[0]
+            return text
         rest = rest.replace(form, "\0", 1) if form else rest
     return None
 
 
-def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
-    """Names and values of a tool's arguments, each in the ways in which templates write it."""
+def _leaves(value: Any) -> Iterator[list[str]]:
+    """Names and values of a tool's arguments, each in the ways in which templates write it, the likeliest first."""
     if isinstance(value, dict):
         for name, each in value.items():
-            yield (name,)
+            yield _written(name)[::-1]
             yield from _leaves(each)
     elif isinstance(value, list):
         for each in value:
             yield from _leaves(each)
     else:
-        yield (value,) if isinstance(value, str) else (json.dumps(value), str(value))
+        yield _written(value)[::-1] if isinstance(value, str) else [json.dumps(value), str(value)]
 
 
-def _escaped(text: str, *, ascii_only: bool = False) -> str:
-    return json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+def _written(text: str) -> list[str]:
+    """As it is, and as JSON has it."""
+    return [text, *(json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))]
 
 
 def _squeezed(text: str) -> str:

@@ -126,7 +126,11 @@ class Template:
             raise RefusedDocument(
                 f"message {len(messages) - 1}: the turn does not begin with what the prompt ends with: {opening!r}"
             )
-        # No opening of its own: behind the longest tail of the prompt that stands there. So do all shorter ones.
+        # No opening of its own: behind what the prompt ends with, from its last special token on; where that does not
+        # stand there, the longest tail that does. So do all shorter ones, perhaps in an earlier turn of the like.
+        last = max((prompt.rfind(token) for token in self._special), default=-1)
+        if last >= 0 and (at := text.rfind(prompt[last:], 0, limit)) >= 0:
+            return at + len(prompt) - last, ""
         n = bisect.bisect_left(range(1, len(prompt) + 1), True, key=lambda n: text.rfind(prompt[-n:], 0, limit) < 0)
         return (text.rfind(prompt[-n:], 0, limit) + n if n else limit), ""
 

@@ -32,6 +32,11 @@ def tokenizers():
     return found
 
 
+def called(arguments):
+    """A call of the tool."""
+    return {"type": "function", "function": {"name": "look", "arguments": arguments}}
+
+
 @st.composite
 def conversations(draw, family):
     """Messages of 1 to 6 turns, and the tools that are offered."""
@@ -46,8 +51,8 @@ def conversations(draw, family):
         found.append({"role": "user", "content": draw(TEXT)})
         for _ in range(draw(st.integers(0, 2)) if with_tools else 0):
             arguments = draw(st.dictionaries(st.sampled_from(("city", "n")), TEXT | st.integers(0, 99), max_size=2))
-            call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
-            assistant(content=draw(TEXT) if family.says_and_calls and draw(st.booleans()) else "", tool_calls=[call])
+            content = draw(TEXT) if family.says_and_calls and draw(st.booleans()) else ""
+            assistant(content=content, tool_calls=[called(arguments)])
             found.append({"role": "tool", "content": draw(TEXT)})
         assistant(content=draw(TEXT))
     return found, TOOLS if with_tools else None
@@ -141,7 +146,7 @@ def test_a_call_where_the_prompt_opens_reasoning_keeps_its_first_letters(tokeniz
     tokenizer.chat_template = FAMILIES["chatml"].template.replace(
         "assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"
     )
-    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    call = called({})
     before, turn = spoken(tokenizer, ASKED, {"role": "assistant", "content": "", "tool_calls": [call]})
     assert before.endswith("<think>\n")
     assert turn.strip() == '<tool_call>{"name": "look", "arguments": {}}</tool_call><|im_end|>'
@@ -159,6 +164,17 @@ def test_a_system_message_that_only_the_last_user_turn_has_is_in_the_prompt(toke
     assert (before, turn) == ("<s>[INST] s\n\nq[/INST]", " a</s>")
 
 
+def test_a_turn_behind_a_question_that_an_earlier_one_ends_with_is_the_last(tokenizers):
+    system, asked = {"role": "system", "content": "s"}, {"role": "user", "content": "\nq"}
+    said = {"role": "assistant", "content": "a"}
+    found = list(supervised_spans(encode_chat(tokenizers["mistral"], Chat([system, asked, said, ASKED, said]), {})))
+    assert [tokenizers["mistral"].decode(before) for before, _ in found] == [
+        "<s>[INST] s\n\n\nq[/INST]",
+        "<s>[INST] \nq[/INST] a</s>[INST] s\n\nq[/INST]",
+    ]
+    assert [tokenizers["mistral"].decode(turn) for _, turn in found] == [" a</s>"] * 2
+
+
 def test_consecutive_turns_of_the_assistant_are_two(tokenizers):
     said = [{"role": "assistant", "content": text} for text in "ab"]
     found = list(supervised_spans(encode_chat(tokenizers["qwen3"], Chat([ASKED, *said]), {})))
@@ -170,10 +186,10 @@ def test_consecutive_turns_of_the_assistant_are_two(tokenizers):
     [
         (
             "harmony",
-            {"content": "", "tool_calls": [{"function": {"name": "look", "arguments": {"n": n}}} for n in (1, 2)]},
+            {"content": "", "tool_calls": [called({"n": n}) for n in (1, 2)]},
         ),
         ("chatml", {"content": "The answer is 4", "reasoning_content": "4"}),
-        ("llama3", {"content": "I look", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}),
+        ("llama3", {"content": "I look", "tool_calls": [called({})]}),
     ],
     ids=["the second call", "reasoning that the content repeats", "text beside a call"],
 )
@@ -201,7 +217,7 @@ def test_a_greeting_before_any_question_is_read_where_no_template_asks_for_it(to
 
 def test_words_in_arguments_are_told_from_those_that_are_lost(tokenizers):
     arguments = {"a": True, "b": None, "c": 1.5, "d": [{"e": 'é"\n'}]}
-    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    call = called(arguments)
     for template in (
         FAMILIES["chatml"].template,
         FAMILIES["chatml"].template.replace("tojson", "tojson(ensure_ascii=true)"),
@@ -209,6 +225,21 @@ def test_words_in_arguments_are_told_from_those_that_are_lost(tokenizers):
         tokenizer = copy.deepcopy(tokenizers["chatml"])
         tokenizer.chat_template = template
         assert "look" in spoken(tokenizer, ASKED, {"role": "assistant", "content": "", "tool_calls": [call]})[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("chatml", {"content": "00", "tool_calls": [called({"city": "0  "})]}),
+        ("chatml", {"content": "", "tool_calls": [called({"city": '"0', "n": '"\\"'})]}),
+        ("chatml", {"content": "\\n", "tool_calls": [called({"city": "\n"})]}),
+        ("harmony", {"content": "0\n", "thinking": "00"}),
+        ("harmony", {"content": "\\\\", "thinking": "\\"}),
+    ],
+)
+def test_one_word_in_another_is_no_word_that_is_lost(tokenizers, name, message):
+    said = spoken(tokenizers[name], ASKED, {"role": "assistant", **message})[1]
+    assert message["content"].strip() in said
 
 
 def test_a_developers_message_is_a_system_message_where_the_template_knows_none(tokenizers):
