@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 import sys
 import tempfile
@@ -144,3 +145,18 @@ def tiny_llama_folder(
 def tiny_teacher_folder() -> Path:
     """512-entry byte-level BPE and a 2-layer Llama of width 64 with 4 heads: trains in seconds."""
     return tiny_llama_folder(vocab=TINY_VOCAB)
+
+
+def open_with_bos(folder: Path) -> int:
+    """Let the tiny tokenizer of a folder put <|endoftext|> before every text; its id."""
+    bos, name = 0, "<|endoftext|>"
+    special, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    post = {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+    }
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": post}))
+    return bos

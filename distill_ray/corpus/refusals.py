@@ -19,7 +19,7 @@ class Refusals:
     """Of the documents that were looked at."""
 
     documents: int
-    """Refused ones among them."""
+    """Those refused included."""
     reasons: tuple[tuple[str, int], ...]
     """The first of each kind of reason, and how many are of that kind; the commonest kind first."""
 

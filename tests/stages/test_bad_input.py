@@ -86,7 +86,7 @@ def test_missing_teacher_folder(tmp_path: Path):
 
 
 def test_empty_corpus(tmp_path: Path):
-    job = Job(tmp_path, str(tmp_path / "root"), edits={"[capture]": "[capture]\nmax_refused = 1.0"})
+    job = Job(tmp_path, str(tmp_path / "root"))
     for path in job.data.glob("*.jsonl"):
         path.write_text("")
     assert "corpus is empty: 2 source(s), 0 bytes" in refused(job)

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from functools import partial
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_ray import capture, session, targets, teacher
 from distill_ray.config import Recipe, parse_recipe
@@ -24,7 +27,7 @@ from distill_ray.schema import TargetRows
 from distill_ray.storage import open_storage
 from distill_ray.targets import RunManifest
 from distill_ray.telemetry import Progress
-from tests.assets import smollm2_folder, tiny_teacher_folder
+from tests.assets import open_with_bos, smollm2_folder, tiny_teacher_folder
 
 TEXTS = ["import threading and then wait", "a class is an object too", "errors should never pass silently"]
 
@@ -127,6 +130,39 @@ def test_rows_are_the_reference_teachers(tmp_path: Path) -> None:
             np.testing.assert_array_equal(stored.sequence(i).actual_rank_N, exact.actual_rank_N)
             seen += 1
     assert seen == len(TEXTS)
+
+
+def test_the_rows_of_every_window_are_those_of_a_dense_teacher_given_bos_and_the_window(tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_teacher_folder(), tmp_path / "teacher")
+    bos = open_with_bos(folder)
+    text = " ".join(f"{TEXTS[i % 3]} {i}" for i in range(60))
+    _write(tmp_path / "corpus", "a.jsonl", [text])
+    recipe = _recipe(tmp_path / "root", f"{tmp_path}/corpus/*", capture={"top_k": 16}, teacher={"model": str(folder)})
+    manifest = _run(recipe)
+    assert len(manifest.units) == 1
+    stored = targets.read_unit(
+        open_storage(recipe.storage.root), manifest.identity, manifest.units[0].unit, expect_sha256=None
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    wanted = [[bos, *plain[at : at + 63]] for at in range(0, len(plain) - 1, 62)]  # 64 with BOS, one repeated
+    assert len(stored) == len(wanted) >= 10
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    apart = 0.0
+    for i, window in enumerate(wanted):
+        found, rows = stored.sequence(i), stored.rows(i)
+        assert found.tokens.tolist() == window
+        assert found.loss_mask.tolist() == [False, i == 0, *[True] * (len(window) - 2)]
+        with torch.no_grad():
+            dense, headless = (
+                model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy() for ids in (window, window[1:])
+            )
+        kept = np.take_along_axis(dense[:-1], rows.ids_NK, 1)
+        np.testing.assert_allclose(-np.sort(-kept, 1), -np.sort(-dense[:-1], 1)[:, :16], atol=1e-5)
+        np.testing.assert_allclose(rows.logprobs_NK, kept, atol=0.1)
+        np.testing.assert_allclose(found.actual_logprob_N, dense[range(len(window) - 1), window[1:]], atol=5e-3)
+        apart = max(apart, float(np.abs(dense[1:] - headless).max()))
+    assert apart > 1, "BOS does not matter to this teacher, and nothing was shown"
 
 
 def test_second_run_captures_nothing_and_a_new_file_only_its_units(tmp_path: Path) -> None:

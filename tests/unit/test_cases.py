@@ -17,7 +17,7 @@ import zstandard
 
 from distill_ray import cli
 from distill_ray.corpus import load_tokenizer
-from tests.assets import tiny_teacher_folder
+from tests.assets import open_with_bos, tiny_teacher_folder
 from tests.chat_templates import FAMILIES
 
 pytestmark = pytest.mark.cases
@@ -88,19 +88,6 @@ class Case:
         data = json.loads(path.read_text())
         change(data)
         path.write_text(json.dumps(data))
-
-    def open_with_bos(self) -> int:
-        """Let the tokenizer put <|endoftext|> before every text."""
-        bos = 0
-        post = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
-        post["single"] = [
-            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ]
-        post["pair"] = [*post["single"], {"Sequence": {"id": "B", "type_id": 1}}]
-        post["special_tokens"] = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [bos], "tokens": ["<|endoftext|>"]}}
-        self.change("tokenizer.json", lambda data: data.update(post_processor=post))
-        return bos
 
     def preview(self, recipe: str) -> tuple[list[dict[str, Any]], list[str]]:
         """What every document becomes, and why others become nothing."""
@@ -251,7 +238,7 @@ def test_16_a_turn_of_weight_0_is_not_learned(case: Case) -> None:
 
 @pytest.mark.parametrize("form", ["text", "prompt_completion"])
 def test_17_a_text_that_begins_with_bos_has_one(case: Case, form: str) -> None:
-    bos = case.open_with_bos()
+    bos = open_with_bos(case.folder / "teacher")
     case.write(
         *({"text": f"<|endoftext|>{prose(40)}", "prompt": f"<|endoftext|>{i}?", "completion": "x"} for i in range(8))
     )
@@ -268,7 +255,7 @@ def test_19_a_text_ends_with_eos_and_it_is_learned(case: Case) -> None:
 
 
 def test_20_every_window_of_a_document_begins_with_bos_unlearned(case: Case) -> None:
-    bos = case.open_with_bos()
+    bos = open_with_bos(case.folder / "teacher")
     case.write(*({"text": prose(300)} for _ in range(24)))
     found, _ = case.preview(case.recipe("text", window=128))
     assert len(found) > 48
