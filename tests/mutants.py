@@ -130,15 +130,30 @@ MUTANTS = (
     Mutant(
         "windows of one document on both sides of the split",
         "distill_ray/corpus/windows.py",
-        "tokens[start:stop].astype(np.int32), mask, doc_key)",
-        "tokens[start:stop].astype(np.int32), mask, (doc_key + start * 0x9E3779B97F4A7C15) % 2**64)",
+        "Sequence(kept, mask, doc_key)",
+        "Sequence(kept, mask, (doc_key + start * 0x9E3779B97F4A7C15) % 2**64)",
         UNIT + "test_corpus_reading.py::test_windows_of_one_document_fall_on_one_side",
+    ),
+    Mutant(
+        "later windows without what opens a text",
+        "distill_ray/corpus/reading.py",
+        "section.window_overlap, opened)",
+        "section.window_overlap)",
+        UNIT + "test_cases.py::test_20_every_window_of_a_document_begins_with_bos_unlearned",
+    ),
+    Mutant(
+        "a turn that never stops",
+        "distill_ray/corpus/turns.py",
+        "return [*ids, *(marks or stops)[:1]]",
+        "return ids",
+        UNIT
+        + "test_corpus_families.py::test_every_turn_stands_behind_the_prompt_that_a_server_gives_for_it_and_ends_once",
     ),
     Mutant(
         "overlap supervised twice",
         "distill_ray/corpus/windows.py",
-        "mask[: window_overlap if start else 1] = False",
-        "mask[:1] = False",
+        "mask[: opening + window_overlap if start > opening else max(1, opening)] = False",
+        "mask[: max(1, opening)] = False",
         UNIT + "test_corpus_windows.py",
     ),
     Mutant(

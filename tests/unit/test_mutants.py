@@ -14,8 +14,6 @@ import pytest
 
 from tests.mutants import MUTANTS, Mutant
 
-pytestmark = pytest.mark.mutants
-
 REPO = Path(__file__).parents[2]
 TESTS_FAILED = 1
 """Pytest's exit code for "tests ran and some failed"; a plant that breaks an import gives another one."""
@@ -54,13 +52,18 @@ def passes_unplanted(copy: Path) -> Callable[[str], None]:
     return run
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_plant_has_its_place(mutant: Mutant):
+    assert Path(REPO, mutant.file).read_text("utf-8").count(mutant.old) == 1, f"of {mutant.file}"
+
+
 # A node's plants go to one process, which runs the node unplanted once.
+@pytest.mark.mutants
 @pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.test)) for m in MUTANTS])
 def test_the_planted_trap_is_seen(mutant: Mutant, copy: Path, passes_unplanted: Callable[[str], None]):
     passes_unplanted(mutant.test)
     path = copy / mutant.file
     original = path.read_text()
-    assert original.count(mutant.old) == 1, f"{mutant.file} holds the text {original.count(mutant.old)} times"
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
         done = pytest_in(copy, mutant.test)
@@ -71,6 +74,7 @@ def test_the_planted_trap_is_seen(mutant: Mutant, copy: Path, passes_unplanted: 
     )
 
 
+@pytest.mark.mutants
 def test_the_copy_is_what_the_plants_are_tested_on(copy: Path):
     probe = "import distill_ray, sys; print(distill_ray.__file__)"
     env = {**os.environ, "PYTHONPATH": str(copy)}
