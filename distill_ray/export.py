@@ -160,7 +160,7 @@ def _store(
         "dtype": recipe.export.dtype,
         "student": wanted["student"],
     }
-    with progress("export", sum(1 for _ in folder.iterdir()), "files") as shown:
+    with progress("export", sum(path.is_file() for path in folder.rglob("*")), "files") as shown:
         return store_folder(storage, token, f"{recipe.model_prefix}/{name}", folder, about, lambda: shown.advance(1))
 
 

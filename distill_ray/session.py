@@ -16,6 +16,8 @@ from distill_ray.errors import DistillError, UserError
 
 SAY_FULL_S = 10.0
 """After so long without room for it, a stage says what it waits for."""
+_SOCKET_BYTES = 107
+"""Most bytes of the path of a Unix socket on Linux."""
 
 
 def cluster_address(address: str | None) -> str | None:
@@ -186,11 +188,24 @@ def on_this_node() -> dict[str, Any]:
     return options | ({"runtime_env": {"env_vars": env}} if env else {})
 
 
+def check_temporary_folder() -> None:
+    """Raises UserError where the sockets of a private cluster would have paths too long for the system."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "TMPDIR")
+    folder = os.environ.get(name, "/tmp")
+    longest = f"{folder}/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    if (size := len(os.fsencode(longest))) > _SOCKET_BYTES:
+        raise UserError(
+            f"{name}={folder} is too long: Ray's sockets below it would have paths of {size} bytes, and "
+            f"{_SOCKET_BYTES} is the most; set {name} to a shorter folder"
+        )
+
+
 def _connect(where: str | None, num_cpus: int | None) -> None:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if where is None:
+        check_temporary_folder()
         cpus = num_cpus or max(4, os.cpu_count() or 1)
         try:
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)

@@ -81,6 +81,11 @@ class Recipe(Section):
                 "loss.hard_label_points and loss.temperature_steps change what the loss is: a healthy step would be a "
                 "spike; leave out one of them"
             )
+        if self.train.loss_spike and self.loss.objective == "truncated":
+            raise ValueError(
+                f"train.loss_spike={self.train.loss_spike} is a multiple of the median loss, and loss.objective="
+                '"truncated" falls below 0, where no multiple is a bound; leave out loss_spike, or use "bucket"'
+            )
         generate = self.capture.generate
         if generate is not None and generate.max_tokens >= self.corpus.window_tokens:
             raise ValueError(

@@ -140,7 +140,7 @@ def stage_forecast(
 
 
 def stored_forecast(
-    recipe: Recipe, new: Amounts, row_bytes: float, train_tokens: float, weights: tuple[int, int] | None
+    recipe: Recipe, new: Amounts, row_bytes: float, train_tokens: float, weights: int | None
 ) -> StoredForecast:
     """Bytes kept at the end of the run.
 
@@ -152,19 +152,18 @@ def stored_forecast(
         new: what is captured.
         row_bytes: of one target row, its share of token and mask included.
         train_tokens: of all epochs, which say how many checkpoints there are.
-        weights: trained parameters, and those of a model's folder, where a tied one lies twice; None: not known.
+        weights: parameters of the student, all of them trained; None: not known.
     """
     train, targets = recipe.train, round(new.rows * row_bytes)
     if weights is None:
         return StoredForecast(targets, None, None)
-    trained, saved = weights
     working = 2 if train.precision == "bf16" else 4
     steps = -(-int(train_tokens) // train.global_batch_tokens)
     # The best one is kept beside the newest; most often it is one of them.
     made = max(0, steps - 1) // train.checkpoint_every
     kept = min(made, train.keep_checkpoints + (made // train.keep_every if train.keep_every else 0))
-    run = kept * (12 + working) * trained + working * saved
-    model = saved * (4 if recipe.export.dtype == "float32" else 2)
+    run = kept * (12 + working) * weights + working * weights
+    model = weights * (4 if recipe.export.dtype == "float32" else 2)
     price = recipe.cost.storage_gb_month
     month = None if price is None else (targets + run + model) / _GB * price
     return StoredForecast(targets, run, model, month)

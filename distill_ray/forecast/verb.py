@@ -11,7 +11,7 @@ from distill_ray.cost import Basis, Forecast, stage_forecast, stored_forecast
 from distill_ray.forecast.amounts import corpus_amounts
 from distill_ray.forecast.rates import rates
 from distill_ray.storage import open_storage, stage_folder
-from distill_ray.student.size import weight_counts
+from distill_ray.student.size import weight_count
 from distill_ray.targets import CaptureIdentity
 
 
@@ -43,7 +43,7 @@ def predict(recipe: Recipe, identity: CaptureIdentity | None = None) -> Forecast
             recipe, "train", train.train_tokens, train.train_supervised, rate["train"], recipe.train.workers.max
         ),
     )
-    stored = stored_forecast(recipe, new, _row_bytes(recipe, folder), train.train_tokens, weight_counts(recipe))
+    stored = stored_forecast(recipe, new, _row_bytes(recipe, folder), train.train_tokens, weight_count(recipe))
     if recipe.capture.draws:
         notes.append("every drawn token counts as a distinct one")
     sample, generates = found.sample, recipe.capture.generate is not None

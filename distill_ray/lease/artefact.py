@@ -68,7 +68,7 @@ def store_folder(
         storage: the run's store.
         token: of the run's lease.
         prefix: key of the folder.
-        folder: local; files in it, no folders.
+        folder: local; files in it and in folders below.
         about: further fields of the manifest.
         on_file: called after each file.
 
@@ -78,18 +78,18 @@ def store_folder(
     Raises:
         LeaseLostError: another driver took the run over.
     """
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     require_owned(storage, token)
-    wanted = {_MANIFEST, *(path.name for path in paths)}
+    wanted = {_MANIFEST, *paths}
     for info in list(storage.list(f"{prefix}/")):
         if info.key.removeprefix(f"{prefix}/") not in wanted:
             storage.delete(info.key)
     files = []
-    for path in paths:
+    for name, path in paths.items():
         require_owned(storage, token)
         # Hashed before it leaves the local disk: a body corrupted on its way is found when it is read back.
-        files.append({"name": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)})
-        storage.upload(path, f"{prefix}/{path.name}")
+        files.append({"name": name, "size": path.stat().st_size, "sha256": file_sha256(path)})
+        storage.upload(path, f"{prefix}/{name}")
         on_file()
     data = (json.dumps({**about, "files": files}, sort_keys=True, indent=1) + "\n").encode()
     key = f"{prefix}/{_MANIFEST}"

@@ -1,8 +1,9 @@
 """A flat key space on a local folder or S3: atomic objects, conditional writes, globs, staged folders."""
 
 from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, Storage, StorageError
+from distill_ray.storage.model_files import WEIGHT_FILES, model_files, weight_files
 from distill_ray.storage.sources import glob_sources, glob_to_regex
-from distill_ray.storage.staging import WEIGHT_FILES, is_weights, stage_folder, user_cache
+from distill_ray.storage.staging import stage_folder, user_cache
 from distill_ray.storage.uris import check_access, is_s3, open_storage, split_uri
 from distill_ray.storage.verified import download_verified, read_verified
 
@@ -18,10 +19,11 @@ __all__ = [
     "glob_sources",
     "glob_to_regex",
     "is_s3",
-    "is_weights",
+    "model_files",
     "open_storage",
     "read_verified",
     "split_uri",
     "stage_folder",
     "user_cache",
+    "weight_files",
 ]

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill_ray.causal_lm import load_causal_lm
 from distill_ray.config import Recipe
+from distill_ray.corpus import load_tokenizer
 from distill_ray.errors import UserError
 from distill_ray.model_config import attention_implementation
 from distill_ray.storage import stage_folder
@@ -38,37 +40,22 @@ def build_initial(
         UserError: a layer the teacher does not have, a quantised teacher, or fewer embedding rows than tokens.
     """
     import torch
-    from transformers import AutoTokenizer
 
     trust = recipe.teacher.trust_remote_code
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     section = recipe.student
     if section.model is not None:
-        model = _from_folder(stage_folder(section.model), dtype, trust)
+        model = load_causal_lm(stage_folder(section.model), dtype, trust)
     elif section.teacher_layers is not None:
         model = from_teacher_layers(teacher_folder, section.teacher_layers, dtype, trust)
     else:
         assert section.config is not None
         model = _random(stage_folder(section.config), dtype, recipe.train.seed, trust)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_folder, trust_remote_code=trust)
-    _check_rows(model, len(tokenizer))
+    _check_rows(model, len(load_tokenizer(teacher_folder, trust)))
     dropped = remove_dropout(model)
     if dropped:
         say(f"dropout is off ({', '.join(dropped)} in the student's configuration): the targets are deterministic")
     return model, model.config.get_text_config()
-
-
-def _from_folder(folder: Path, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        trust_remote_code=trust,
-        attn_implementation=attention_implementation(config),
-    )
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
@@ -118,7 +105,7 @@ def from_teacher_layers(
         raise UserError(
             f"student.teacher_layers={list(layers)}: the teacher has layers 0 … {depth - 1}; choose among these"
         )
-    teacher = _from_folder(folder, dtype, trust)
+    teacher = load_causal_lm(folder, dtype, trust, may_hold_more=True)
     student = _from_config(cut_config(config, layers), dtype, trust)
     source = teacher.state_dict()
     pattern = re.compile(rf"^({re.escape(_layer_prefix(teacher, depth))}\.)(\d+)(\..*)$")

@@ -14,29 +14,47 @@ if TYPE_CHECKING:
 _ADAPTER = "default"
 
 
+def check_targets(model: PreTrainedModel, section: LoraSection) -> None:
+    """Whether adapters can go where the recipe wants them; the model may be without storage.
+
+    Raises:
+        UserError: no module has such a name, one is no `nn.Linear`, or the output head is among them.
+    """
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    named = {n: m for n, m in model.named_modules() if n.split(".")[-1] in section.targets}
+    linear = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    has = ", ".join(sorted(linear)) or "none"
+    missing = set(section.targets) - {n.split(".")[-1] for n in named}
+    if missing:
+        raise UserError(
+            f"student.lora.targets: {type(model).__name__} has no module named {', '.join(sorted(missing))}; "
+            f"its linear modules are: {has}"
+        )
+    if any(m is head for m in named.values()):
+        raise UserError("student.lora.targets may not name the output head: the loss owns its weight; remove it")
+    for name, module in named.items():
+        if not isinstance(module, nn.Linear):
+            raise UserError(
+                f"student.lora.targets: {name} of {type(model).__name__} is of type {type(module).__name__}, and "
+                f"adapters go beside nn.Linear alone, of which it has: {has}; name these, or train the whole student "
+                "without [student.lora]"
+            )
+
+
 def add_lora(model: PreTrainedModel, section: LoraSection, seed: int) -> PreTrainedModel:
     """Put adapters beside the linear modules named in `section.targets` and freeze all else; in place.
 
     The adapters start as the zero update (B = 0); A is drawn from `seed`, the same on every rank.
 
-    Raises:
-        UserError: no module has such a name, or the output head is among them.
+    Raises UserError as `check_targets` does.
     """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
-    from torch import nn
 
-    named = dict(model.named_modules())
-    missing = [t for t in section.targets if not any(n.split(".")[-1] == t for n in named)]
-    if missing:
-        linear = sorted({n.split(".")[-1] for n, m in named.items() if isinstance(m, nn.Linear)})
-        raise UserError(
-            f"student.lora.targets: {type(model).__name__} has no module named {', '.join(missing)}; "
-            f"it has {', '.join(linear)}"
-        )
-    head = cast(nn.Linear, model.get_output_embeddings())
-    if any(m is head for n, m in named.items() if n.split(".")[-1] in section.targets):
-        raise UserError("student.lora.targets may not name the output head: the loss owns its weight; remove it")
+    check_targets(model, section)
+    head = cast("torch.nn.Linear", model.get_output_embeddings())
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft divides it as a float

@@ -33,9 +33,10 @@ def convert_folder(source: Path, target: Path, dtype: FloatName, *, shard_bytes:
     if not weights:
         raise IntegrityError(f"{source} holds no safetensors file; train again under a new --version")
     skipped = {path.name for path in weights} | {_INDEX, "config.json", "manifest.json", "README.md"}
-    for path in source.iterdir():
-        if path.is_file() and path.name not in skipped:
-            shutil.copyfile(path, target / path.name)
+    for path in filter(Path.is_file, source.rglob("*")):
+        if path.name not in skipped:
+            (target / path.relative_to(source)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / path.relative_to(source))
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     _write_json(target / "config.json", _with_dtype(config, dtype))
     if not (target / "generation_config.json").exists():

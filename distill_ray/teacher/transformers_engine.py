@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill_ray.causal_lm import load_causal_lm
 from distill_ray.config.sections import CaptureSection, TeacherSection
 from distill_ray.errors import UserError
-from distill_ray.model_config import attention_implementation
 from distill_ray.schema import Draws, TargetRows
 from distill_ray.teacher.dense import rows_from_dense
 from distill_ray.teacher.draws import DrawSpec, draw_from_logits
@@ -40,7 +40,7 @@ class TransformersEngine:
     def __init__(
         self, section: TeacherSection, capture: CaptureSection, window_tokens: int, folder: Path, vocab_size: int
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM, __version__
+        from transformers import __version__
 
         self.version = f"transformers {__version__}"
         if section.quantization is not None:
@@ -55,14 +55,7 @@ class TransformersEngine:
         if not section.use_gpu:
             # Ray sets OMP_NUM_THREADS from num_cpus, a share that serves placement only.
             torch.set_num_threads(len(os.sched_getaffinity(0)))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=section.dtype,
-            trust_remote_code=section.trust_remote_code,
-            attn_implementation=attention_implementation(config),
-        )
+        model: Any = load_causal_lm(folder, section.dtype, section.trust_remote_code)
         self._model = model.to(self._device).eval()
 
     @property

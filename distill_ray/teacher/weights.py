@@ -14,7 +14,7 @@ from typing import Any
 
 from distill_ray.errors import UserError
 from distill_ray.model_config import read_config
-from distill_ray.storage import WEIGHT_FILES, ObjectInfo, Storage, is_weights, open_storage, stage_folder
+from distill_ray.storage import WEIGHT_FILES, ObjectInfo, Storage, open_storage, stage_folder, weight_files
 
 _BLOCK = 8 * 2**20
 _MOST_HEADER = 100 * 2**20
@@ -44,10 +44,11 @@ def weights_identity(uri: str, revision: str | None) -> dict[str, str]:
     folder = stage_folder(uri, weights=False)
     identity = {"config": _hash_config(read_config(folder))}
     storage = open_storage(uri)
-    files = sorted((o for o in storage.list("") if "/" not in o.key and is_weights(o.key)), key=lambda o: o.key)
-    if not files:
-        raise UserError(f"model folder {uri} holds no weight files ({', '.join(WEIGHT_FILES)}); copy the model again")
-    names = [o.key for o in files]
+    listed = {o.key: o for o in storage.list("")}
+    names = weight_files(listed)
+    if not names:
+        raise UserError(f"model folder {uri} holds no weight files ({WEIGHT_FILES}); copy the model again")
+    files = [listed[name] for name in names]
     if code := sorted(folder.glob("*.py")):
         identity["code"] = _combined([p.name for p in code], [_sha256(p) for p in code])
     if revision is None:

@@ -30,14 +30,16 @@ class BadStepError(UserError):
 
 
 def spike_bound(section: TrainSection, history: Sequence[Line]) -> float:
-    """Loss above which the next step is a spike; infinite where none is.
+    """Loss above which the next step is a spike; infinite where none is, or where the median is not above 0 (a KL
+    estimated from draws may fall below).
 
     A pure function of the lines before it, which a checkpoint brings along: a resume judges as the first run did.
     """
     recent = [line["loss"] for line in applied(history[-2 * RECENT :])[-RECENT:]]
     if not section.loss_spike or len(recent) < LEAST:
         return math.inf
-    return section.loss_spike * statistics.median(recent)
+    middle = statistics.median(recent)
+    return section.loss_spike * middle if middle > 0 else math.inf
 
 
 def applied(history: Sequence[Line]) -> list[Line]:

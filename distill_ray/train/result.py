@@ -77,9 +77,10 @@ def publish_student(
     lora, steps = job.recipe.student.lora, len(history)
     # With the epoch in the key, a driver that lost its lease cannot touch its successor's files.
     prefix = f"{job.token.run_prefix}/student/e{job.token.epoch:04d}"
+    weights, trust = merge_lora(state, lora) if lora else state, job.recipe.teacher.trust_remote_code
     with Scratch("student") as folder:
         with writing_under(Path(folder)):
-            write_folder(model, merge_lora(state, lora) if lora else state, teacher_folder, Path(folder))
+            write_folder(model, weights, teacher_folder, Path(folder), trust)
         entry = store_folder(job.storage, job.token, prefix, Path(folder), {"step": steps})
     stored = store_history(job.storage, job.token, history)
     publish(job.storage, job.token, "student", {**entry, "step": steps, "plan": plan, "history": stored})

@@ -49,6 +49,7 @@ def test_the_bound_is_a_multiple_of_the_median_of_recent_applied_steps() -> None
     assert spike_bound(SKIP, lines([1.0] * 9 + [math.nan])) == math.inf
     assert spike_bound(SKIP, lines([1.0] * 9 + [math.nan, 9.0])) == 3.0
     # Of the last fifty that were applied: the early ones no longer count, and skipped ones never do.
+    assert spike_bound(SKIP, lines([-1.0] * 40)) == math.inf
     assert spike_bound(SKIP, lines([7.0] * 60 + [2.0] * 24 + [math.nan] + [1.0] * 26)) == 3.0
 
 

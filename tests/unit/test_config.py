@@ -78,6 +78,10 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
             {"train": {"loss_spike": 3.0}, "loss": {"hard_label_points": [(0.5, 0.0), (0.6, 1.0)]}},
             "train.loss_spike=3.0 compares a step's loss with those of earlier steps, and loss.hard_label_points",
         ),
+        (
+            {"train": {"loss_spike": 3.0}, "loss": {"objective": "truncated"}},
+            'loss.objective="truncated" falls below 0, where no multiple is a bound',
+        ),
         ({"train": {"on_bad_loss": "ignore"}}, "train.on_bad_loss: Input should be 'stop' or 'skip'"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
         ({"capture": {"top_k": "16"}}, "capture.top_k: Input should be a valid integer (got '16')"),

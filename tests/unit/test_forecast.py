@@ -72,18 +72,18 @@ def test_stored_bytes_by_hand():
     recipe = _recipe(train=train, cost={"storage_gb_month": 0.5})
     new = Amounts(tokens=2_010_000, sequences=10_000)
     # 41 steps make checkpoints at 10, 20, 30 and 40; two are kept, of 12 + 2 bytes a parameter.
-    found = stored_forecast(recipe, new, 200.0, 41 * 4096, (1_000_000, 1_500_000))
+    found = stored_forecast(recipe, new, 200.0, 41 * 4096, 1_000_000)
     assert found.targets == 400_000_000
-    assert found.run == 2 * 14_000_000 + 2 * 1_500_000
-    assert found.model == 3_000_000
-    assert found.dollars_month == pytest.approx(0.5 * (0.4 + 0.031 + 0.003))
+    assert found.run == 2 * 14_000_000 + 2_000_000
+    assert found.model == 2_000_000
+    assert found.dollars_month == pytest.approx(0.5 * (0.4 + 0.03 + 0.002))
     # None is saved after the last step; fp32 trains on 4 bytes more a parameter.
     recipe = _recipe(train=train | {"precision": "fp32"}, export={"dtype": "float32"})
-    found = stored_forecast(recipe, new, 200.0, 20 * 4096, (1_000_000, 1_500_000))
-    assert (found.run, found.model) == (16_000_000 + 6_000_000, 6_000_000)
+    found = stored_forecast(recipe, new, 200.0, 20 * 4096, 1_000_000)
+    assert (found.run, found.model) == (16_000_000 + 4_000_000, 4_000_000)
     # Every 20th step stays as well.
     recipe = _recipe(train=train | {"keep_every": 2})
-    assert stored_forecast(recipe, new, 200.0, 81 * 4096, (1_000_000, 0)).run == 6 * 14_000_000
+    assert stored_forecast(recipe, new, 200.0, 81 * 4096, 1_000_000).run == 6 * 14_000_000 + 2_000_000
     assert stored_forecast(recipe, new, 200.0, 81 * 4096, None) == StoredForecast(400_000_000, None, None)
 
 

@@ -14,7 +14,7 @@ import pytest
 from distill_ray.config import Recipe, parse_recipe
 from distill_ray.errors import UserError
 from distill_ray.model_config import ModelShape, model_shape
-from distill_ray.preflight.check import _student, _teacher_shape
+from distill_ray.preflight.models import check_student, check_teacher
 from distill_ray.preflight.software import Group, Report, installed_here, look, needed, report, require, require_seen
 from distill_ray.storage import open_storage
 
@@ -50,17 +50,17 @@ def test_draws_beyond_the_students_rows_are_refused_before_they_end_a_training(
     narrow, equal = _folder(tmp_path / "narrow", 160), _folder(tmp_path / "equal", 200)
     drawn = {"loss": {"objective": objective}, "capture": {"draws": 5, "draws_from": drawn_from}}
     with pytest.raises(UserError, match=r"all 200 rows of the teacher, and the student .*narrow has 160"):
-        _student(_recipe(narrow, **drawn), teacher, tokenizer)
-    assert "vocabulary 200" in _student(_recipe(equal, **drawn), teacher, tokenizer).fact
-    assert "vocabulary 160" in _student(_recipe(narrow, loss={}, capture={}), teacher, tokenizer).fact
+        check_student(_recipe(narrow, **drawn), teacher, tokenizer)
+    assert "vocabulary 200" in check_student(_recipe(equal, **drawn), teacher, tokenizer).fact
+    assert "vocabulary 160" in check_student(_recipe(narrow, loss={}, capture={}), teacher, tokenizer).fact
 
 
 def test_a_vocabulary_beyond_the_codecs_ids_is_refused_before_any_row_is_captured(tmp_path: Path) -> None:
     recipe = _recipe(_folder(tmp_path / "student", 200), loss={}, capture={})
     recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"window_tokens": 1024})})
-    _teacher_shape(recipe, model_shape(_folder(tmp_path / "largest", 1 << 20), False))
+    check_teacher(recipe, model_shape(_folder(tmp_path / "largest", 1 << 20), False))
     with pytest.raises(UserError, match=r"1,048,577 rows, and codec v1 stores ids below 1,048,576"):
-        _teacher_shape(recipe, model_shape(_folder(tmp_path / "larger", (1 << 20) + 1), False))
+        check_teacher(recipe, model_shape(_folder(tmp_path / "larger", (1 << 20) + 1), False))
 
 
 def _stated(**sections: dict[str, Any]) -> Recipe:

@@ -85,16 +85,16 @@ def test_s3_folder_is_staged_once_per_content(s3_uri: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match="no object"):
         stage_folder(s3_uri, cache)
     storage.put("config.json", b"{}")
-    storage.put("sub/w.bin", b"12345")
+    storage.put("w.bin", b"12345")
     first = stage_folder(s3_uri, cache)
-    assert (first / "sub" / "w.bin").read_bytes() == b"12345"
+    assert (first / "w.bin").read_bytes() == b"12345"
     written = (first / "config.json").stat().st_mtime_ns
     assert stage_folder(s3_uri, cache) == first
     assert (first / "config.json").stat().st_mtime_ns == written
-    storage.put("sub/w.bin", b"54321")
+    storage.put("w.bin", b"54321")
     second = stage_folder(s3_uri, cache)
-    assert (second / "sub" / "w.bin").read_bytes() == b"54321"
-    assert (first / "sub" / "w.bin").read_bytes() == b"12345"
+    assert (second / "w.bin").read_bytes() == b"54321"
+    assert (first / "w.bin").read_bytes() == b"12345"
 
 
 def test_staging_goes_on_after_a_kill_and_in_parallel(s3_uri: str, tmp_path: Path) -> None:

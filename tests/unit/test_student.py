@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill_ray.config.loss import LossSection
 from distill_ray.config.student import LoraSection, TrainSection
@@ -199,7 +200,9 @@ def test_the_written_folder_loads_and_brings_the_teachers_tokenizer(tmp_path: Pa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = tiny_model(tiny_config(tie_word_embeddings=tie))
-    write_folder(model, model.state_dict(), tiny_teacher_folder(), tmp_path / "out")
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    write_folder(model, state, tiny_teacher_folder(), tmp_path / "out")
+    assert ("lm_head.weight" in load_file(tmp_path / "out/model.safetensors")) != tie
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
