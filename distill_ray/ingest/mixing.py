@@ -29,7 +29,7 @@ def check_mix(mix: Mapping[str, float], sources: Iterable[str]) -> dict[str, flo
     found: dict[str, str] = {}
     for pattern in sorted(mix):
         regex = re.compile(glob_to_regex(pattern), re.DOTALL)
-        matched = [uri for uri in named if uri == pattern or regex.fullmatch(uri)]
+        matched = [pattern] if pattern in named else [uri for uri in named if regex.fullmatch(uri)]
         if not matched:
             raise UserError(
                 f"train.mix: {pattern!r} matches none of the {len(named)} source(s) of the run (the first is "

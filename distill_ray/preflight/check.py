@@ -16,7 +16,7 @@ from distill_ray.preflight.hardware import hardware
 from distill_ray.preflight.software import ask_groups, installed_here
 from distill_ray.report import check_require
 from distill_ray.session import cluster_address, ray_session
-from distill_ray.storage import WEIGHT_FILES, check_access, glob_sources, is_weights, open_storage, stage_folder
+from distill_ray.storage import WEIGHT_FILES, check_access, find_sources, is_weights, open_storage, stage_folder
 from distill_ray.teacher import resolve_dtype, writing_of
 
 
@@ -40,7 +40,7 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
     findings = [_batches(recipe), installed_here(recipe, alone=where is None)]
     check_access(recipe.storage.root)
     findings.append(Finding("storage", f"{recipe.storage.root} can be listed, written and deleted"))
-    sources = {uri: info for pattern in recipe.corpus.sources for uri, info in glob_sources(pattern)}
+    sources = find_sources(recipe.corpus.sources)
     total = sum(info.size for info in sources.values())
     if not total:
         raise UserError(f"the corpus is empty: {len(sources)} source(s), 0 bytes; add text to corpus.sources")

@@ -1,7 +1,7 @@
 """A flat key space on a local folder or S3: atomic objects, conditional writes, globs, staged folders."""
 
 from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, Storage, StorageError
-from distill_ray.storage.sources import glob_sources, glob_to_regex
+from distill_ray.storage.sources import find_sources, glob_to_regex
 from distill_ray.storage.staging import WEIGHT_FILES, is_weights, stage_folder, user_cache
 from distill_ray.storage.uris import check_access, is_s3, open_storage, split_uri
 from distill_ray.storage.verified import download_verified, read_verified
@@ -15,7 +15,7 @@ __all__ = [
     "StorageError",
     "check_access",
     "download_verified",
-    "glob_sources",
+    "find_sources",
     "glob_to_regex",
     "is_s3",
     "is_weights",
