@@ -13,7 +13,7 @@ from distill_ray import corpus
 from distill_ray.config import Recipe
 from distill_ray.errors import UserError
 from distill_ray.schema import Amounts, Sequence
-from distill_ray.storage import glob_sources, stage_folder
+from distill_ray.storage import find_sources, stage_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ def preview(recipe: Recipe, documents: int, *, as_json: bool, colour: bool) -> I
         raise UserError(f"--documents {documents}: state 1 or more")
     folder = stage_folder(recipe.teacher.model, weights=False)
     tokenizer = corpus.load_tokenizer(folder, recipe.teacher.trust_remote_code)
-    sources = {uri: info for pattern in recipe.corpus.sources for uri, info in glob_sources(pattern)}
+    sources = find_sources(recipe.corpus.sources)
     for seen in corpus.first_documents(recipe, sources, tokenizer, documents):
         if as_json:
             yield from (json.dumps(each, ensure_ascii=False) for each in _objects(recipe, tokenizer, seen))

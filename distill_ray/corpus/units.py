@@ -21,7 +21,7 @@ from distill_ray.corpus.index import SourceIndex, cached_index, index_source
 from distill_ray.errors import UserError
 from distill_ray.forgotten import Withdrawn, read_forgotten
 from distill_ray.schema import DRAW_BYTES, ROW_DRAW_BYTES
-from distill_ray.storage import ObjectInfo, Storage, glob_sources
+from distill_ray.storage import ObjectInfo, Storage, find_sources
 from distill_ray.units import KINDS, ROW, Source, Units
 
 CHUNKING_VERSION = 1
@@ -234,7 +234,7 @@ def plan_units(
             them; a unit's target object might exceed 1 GiB; or a source holds withdrawn content.
     """
     # A file that two globs name is one source; two files with the same bytes are a multiplicity of 2.
-    infos = {uri: info for pattern in section.sources for uri, info in glob_sources(pattern)}
+    infos = find_sources(section.sources)
     for uri in infos:
         container_of(uri)
     sources: list[Source] = []

@@ -13,7 +13,7 @@ from distill_ray.config import Recipe
 from distill_ray.errors import UserError
 from distill_ray.ingest import check_mix
 from distill_ray.schema import Amounts
-from distill_ray.storage import ObjectInfo, Storage, glob_sources
+from distill_ray.storage import ObjectInfo, Storage, find_sources
 from distill_ray.targets import CaptureIdentity
 from distill_ray.units import hashes_of, in_sorted, places_in
 
@@ -63,7 +63,7 @@ def corpus_amounts(
         tokenizer: the teacher's.
         identity: the capture; None where it is not known: all of the corpus then counts as not captured.
     """
-    sources = {uri: info for pattern in recipe.corpus.sources for uri, info in glob_sources(pattern)}
+    sources = find_sources(recipe.corpus.sources)
     weights, notes = check_mix(recipe.train.mix, sources), list[str]()
     known, captured = dict[str, _Known](), 0
     if identity is None:

@@ -18,7 +18,7 @@ from distill_ray.forgotten import read_forgotten, record_forgotten
 from distill_ray.gc.garbage import remove_lone_witnesses, remove_units
 from distill_ray.gc.references import Run, read_runs
 from distill_ray.registry import read_latest
-from distill_ray.storage import NotFoundError, Storage, glob_to_regex
+from distill_ray.storage import NotFoundError, Storage, matching
 from distill_ray.units import HASH, in_sorted
 
 _READERS = 16
@@ -101,17 +101,16 @@ def find(storage: Storage, pattern: str, shown: Callable[[int], None] = lambda n
         IntegrityError: a run's record, or the record of withdrawn sources, is damaged.
     """
     pattern = pattern if "://" in pattern else os.path.abspath(os.path.expanduser(pattern))
-    matches = re.compile(glob_to_regex(pattern), re.DOTALL).fullmatch
     runs = read_runs(storage)
     manifests = {run.prefix: manifest for run in runs if (manifest := _manifest(storage, run)) is not None}
     known = list(corpus.indexed_sources(storage))
     known += [(uri, content) for content, w in read_forgotten(storage).contents.items() for uri in w.uris]
-    named = {uri for uri, _ in known if uri == pattern or matches(uri)}
+    read = {uri for manifest in manifests.values() for uri in manifest.units.table["source"].unique().to_pylist()}
+    named = matching(pattern, read | {uri for uri, _ in known})
     suspects: dict[str, set[str]] = {}
     for manifest in manifests.values():
         for unit in manifest.units:
-            if unit.source == pattern or matches(unit.source):
-                named.add(unit.source)
+            if unit.source in named:
                 suspects.setdefault(unit.unit, set()).add(unit.source)
     wanted = {content for uri, content in known if uri in named}
     stored, unreadable = _stored(storage, shown)

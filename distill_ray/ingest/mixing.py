@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from distill_ray.errors import UserError
-from distill_ray.storage import glob_to_regex
+from distill_ray.storage import matching
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -28,8 +27,7 @@ def check_mix(mix: Mapping[str, float], sources: Iterable[str]) -> dict[str, flo
     named = sorted(set(sources))
     found: dict[str, str] = {}
     for pattern in sorted(mix):
-        regex = re.compile(glob_to_regex(pattern), re.DOTALL)
-        matched = [uri for uri in named if uri == pattern or regex.fullmatch(uri)]
+        matched = sorted(matching(pattern, named))
         if not matched:
             raise UserError(
                 f"train.mix: {pattern!r} matches none of the {len(named)} source(s) of the run (the first is "

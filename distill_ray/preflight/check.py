@@ -14,7 +14,7 @@ from distill_ray.preflight.models import check_models
 from distill_ray.preflight.software import ask_groups, installed_here
 from distill_ray.report import check_require
 from distill_ray.session import check_temporary_folder, cluster_address, ray_session
-from distill_ray.storage import check_access, glob_sources
+from distill_ray.storage import check_access, find_sources
 
 
 def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
@@ -38,8 +38,10 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
         check_temporary_folder()
     findings = [_batches(recipe), installed_here(recipe, alone=where is None)]
     check_access(recipe.storage.root)
-    findings.append(Finding("storage", f"{recipe.storage.root} can be listed, written and deleted"))
-    sources = {uri: info for pattern in recipe.corpus.sources for uri, info in glob_sources(pattern)}
+    findings.append(
+        Finding("storage", f"{recipe.storage.root} can be listed, written and deleted, one writer at a time")
+    )
+    sources = find_sources(recipe.corpus.sources)
     total = sum(info.size for info in sources.values())
     if not total:
         raise UserError(f"the corpus is empty: {len(sources)} source(s), 0 bytes; add text to corpus.sources")

@@ -2,7 +2,7 @@
 
 from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, Storage, StorageError
 from distill_ray.storage.model_files import WEIGHT_FILES, model_files, weight_files
-from distill_ray.storage.sources import glob_sources, glob_to_regex
+from distill_ray.storage.sources import find_sources, matching
 from distill_ray.storage.staging import stage_folder, user_cache
 from distill_ray.storage.uris import check_access, is_s3, open_storage, split_uri
 from distill_ray.storage.verified import download_verified, read_verified
@@ -16,9 +16,9 @@ __all__ = [
     "StorageError",
     "check_access",
     "download_verified",
-    "glob_sources",
-    "glob_to_regex",
+    "find_sources",
     "is_s3",
+    "matching",
     "model_files",
     "open_storage",
     "read_verified",

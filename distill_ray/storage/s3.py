@@ -14,19 +14,17 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
 from distill_ray.errors import IntegrityError
-from distill_ray.storage.atomic import TEMPORARY, explain_os, is_hidden, replace_durably, temporary_beside
+from distill_ray.storage.atomic import explain_os, is_hidden, replace_durably, temporary_beside
 from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, StorageError
 from distill_ray.storage.s3_client import s3_client
-from distill_ray.storage.s3_errors import S3_ERRORS, explain, status_of
+from distill_ray.storage.s3_errors import S3_ERRORS, explain, is_refused, status_of
 from distill_ray.storage.s3_input import RangeStream
 from distill_ray.storage.s3_patience import OUTAGE_S, persist
-from distill_ray.storage.uris import split_s3
+from distill_ray.storage.uris import join_s3, split_s3
 
 T = TypeVar("T")
 
 _MULTIPART = 64 << 20
-_QUICK_S = 5.0
-"""A check at the start outlasts throttling, not an outage: the endpoint may be wrong."""
 _WRITER = "writer"  # user metadata that tells a conditional PUT's own retry from a rival's object
 
 
@@ -34,15 +32,14 @@ class S3Storage:
     """Keys lie under `s3://bucket/prefix`. Holds no client and no secret, so it can be pickled."""
 
     def __init__(self, uri: str) -> None:
-        self._bucket, prefix = split_s3(uri)
-        self._prefix = f"{prefix}/" if prefix else ""
+        self._bucket, self._prefix = split_s3(uri)
         self._bucket_seen = False
         # Travels with the object: workers know from the driver that the endpoint is right, and wait for the store.
         self._answered = False
 
     @property
     def uri(self) -> str:
-        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        return join_s3(self._bucket, self._prefix)
 
     def get(self, key: str) -> bytes:
         return self.get_versioned(key)[0]
@@ -120,7 +117,6 @@ class S3Storage:
     def head(self, key: str) -> ObjectInfo | None:
         found = self._head(key)
         if found is None:
-            self._require_bucket()
             return None
         return ObjectInfo(key, found["ContentLength"], _bare(found["ETag"]), found["LastModified"].timestamp())
 
@@ -171,7 +167,7 @@ class S3Storage:
         pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=name, UploadId=upload)
         try:
             parts = [part for page in pages for part in page.get("Parts", [])]
-        except ClientError as error:
+        except S3_ERRORS as error:
             if status_of(error) == 404:  # completed or aborted since the listing
                 return 0, time.time()
             raise self._explain(error, "list", name) from error
@@ -181,11 +177,9 @@ class S3Storage:
         name = self._prefix + info.key
         try:
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=info.version)
-        except ClientError as error:
+        except S3_ERRORS as error:
             if status_of(error) != 404:
                 raise self._explain(error, "delete", info.key) from error
-        except S3_ERRORS as error:
-            raise self._explain(error, "delete", info.key) from error
 
     def open_input(self, key: str) -> IO[bytes]:
         """Ranged reads pinned to the version found at opening: IntegrityError once it was overwritten."""
@@ -222,18 +216,33 @@ class S3Storage:
         try:
             return self._persist(request)
         except S3_ERRORS as error:
+            if action == "read" and is_refused(error) and self._is_absent(key):
+                raise NotFoundError(f"no such object: {self._target(key)}") from error
             raise self._explain(error, action, key) from error
 
     def _head(self, key: str) -> dict[str, Any] | None:
-        """The answer to a HEAD; None for a 404, which does not tell a missing object from a missing bucket."""
+        """The answer to a HEAD; None if there is no such object."""
         try:
             return self._persist(lambda: self._client.head_object(Bucket=self._bucket, Key=self._name(key)))
-        except ClientError as error:
+        except S3_ERRORS as error:
             if status_of(error) == 404:
+                self._require_bucket()
+                return None
+            if is_refused(error) and self._is_absent(key):
                 return None
             raise self._explain(error, "read", key) from error
+
+    def _is_absent(self, key: str) -> bool:
+        """Whether a read was refused of no object: some stores say 403 where a policy lets list some prefixes only."""
+        name = self._name(key)
+        try:
+            return name not in self._some_keys(name)
         except S3_ERRORS as error:
             raise self._explain(error, "read", key) from error
+
+    def _some_keys(self, prefix: str) -> list[str]:
+        page = self._persist(lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=1))
+        return [each["Key"] for each in page.get("Contents", [])]
 
     def _range(self, key: str, start: int, length: int, version: str | None) -> bytes:
         if length <= 0:
@@ -249,7 +258,7 @@ class S3Storage:
         try:
             return self._ask("read", key, part)
         except StorageError as error:
-            status = status_of(error.__cause__) if isinstance(error.__cause__, ClientError) else 0
+            status = status_of(error.__cause__) if isinstance(error.__cause__, Exception) else 0
             if status == 416:  # starts at or past the end
                 return b""
             if status == 412:
@@ -270,40 +279,16 @@ class S3Storage:
         return _bare(found["ETag"]) if found and found.get("Metadata", {}).get(_WRITER) == writer else None
 
     def _require_bucket(self) -> None:
-        """Asked once a process, after a HEAD's 404."""
-        if not self._bucket_seen:
-            require_bucket(self._client, self._bucket)
-            self._bucket_seen = True
-
-
-def require_bucket(client: BaseClient, bucket: str) -> None:
-    """Raises StorageError if the bucket is not there or the keys may not see it."""
-    target, endpoint = f"s3://{bucket}", client.meta.endpoint_url
-    try:
-        persist(lambda: client.head_bucket(Bucket=bucket), _QUICK_S)
-    except S3_ERRORS as error:
-        if isinstance(error, ClientError) and status_of(error) == 404:
-            raise StorageError(
-                f"there is no bucket {bucket!r} at {endpoint}; create it or correct the URI (and AWS_ENDPOINT_URL)"
-            ) from error
-        raise explain(error, "use", target, endpoint) from error
-
-
-def check_s3(uri: str) -> None:
-    """Bucket there, prefix listable, a probe written and deleted. Raises StorageError within about 10 s."""
-    client, (bucket, prefix) = s3_client(quick=True), split_s3(uri)
-    require_bucket(client, bucket)
-    probe = f"{prefix}/{TEMPORARY}check-{uuid.uuid4().hex}".lstrip("/")
-    action = "list"
-    try:
-        under = f"{prefix}/" if prefix else ""
-        persist(lambda: client.list_objects_v2(Bucket=bucket, Prefix=under, MaxKeys=1), _QUICK_S)
-        action = "write under"
-        persist(lambda: client.put_object(Bucket=bucket, Key=probe, Body=b"probe"), _QUICK_S)
-        action = "delete under"
-        persist(lambda: client.delete_object(Bucket=bucket, Key=probe), _QUICK_S)
-    except S3_ERRORS as error:
-        raise explain(error, action, uri, client.meta.endpoint_url) from error
+        """Asked once a process, after a HEAD's 404: that does not tell a missing object from a missing bucket."""
+        if self._bucket_seen:
+            return
+        try:
+            # No HeadBucket: a policy that lets list some prefixes only refuses it.
+            self._some_keys(self._prefix)
+        except S3_ERRORS as error:
+            if not is_refused(error):  # who may not list a bucket still learns that it is there
+                raise self._explain(error, "list", "") from error
+        self._bucket_seen = True
 
 
 def _bare(etag: str) -> str:

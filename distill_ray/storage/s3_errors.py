@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from boto3.exceptions import Boto3Error, RetriesExceededError
 from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
@@ -28,6 +30,15 @@ BROKEN_BODY = (
 _DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "RequestTimeout")
 _THROTTLED = ("SlowDown", "RequestLimitExceeded", "Throttling", "ThrottlingException", "TooManyRequestsException")
 
+_CHECKSUM = re.compile(
+    "x-amz-(sdk-)?checksum|x-amz-trailer|x-amz-content-sha256|STREAMING-UNSIGNED-PAYLOAD-TRAILER|aws-chunked",
+    re.IGNORECASE,
+)
+_NO_CHECKSUMS = (
+    "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required wherever "
+    "the run works (the driver and every node)"
+)
+
 _KEYS_REMEDY = {
     "InvalidAccessKeyId": "the access key does not exist there: check AWS_ACCESS_KEY_ID (or the profile, or role)",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
@@ -45,13 +56,18 @@ def explain(error: Exception, action: str, target: str, endpoint: str) -> Distil
 
     Args:
         error: one of `S3_ERRORS`.
-        action: what was tried, e.g. "read".
+        action: what was tried, e.g. "read"; "list" where it was the bucket that was asked.
         target: the object's `s3://` URI.
         endpoint: URL that was asked.
     """
     error = cause_of(error)
     where = f"cannot {action} {target} at {endpoint}"
     if isinstance(error, ClientError):
+        if code_of(error) == "NoSuchBucket" or (status_of(error) == 404 and action == "list"):
+            bucket = target.removeprefix("s3://").partition("/")[0]
+            return StorageError(
+                f"{where}: there is no bucket {bucket!r}; create it or correct the URI (and AWS_ENDPOINT_URL)"
+            )
         return _explain_answer(error, where, target)
     return StorageError(f"{where}: {_explain_silence(error)}")
 
@@ -79,8 +95,17 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, (boto.ConnectionError, boto.HTTPClientError, ResponseParserError, *BROKEN_BODY))
 
 
-def status_of(error: ClientError) -> int:
-    """HTTP status of the answer."""
+def is_refused(error: Exception) -> bool:
+    """Whether a policy refused it: for a read also a store's answer where it may not say that there is no object."""
+    error = cause_of(error)
+    # A HEAD's answer has no body, so no code of S3's.
+    return isinstance(error, ClientError) and status_of(error) == 403 and code_of(error) in ("AccessDenied", "403")
+
+
+def status_of(error: Exception) -> int:
+    """HTTP status of the answer; 0 where none came."""
+    if not isinstance(error, ClientError):
+        return 0
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
@@ -92,11 +117,6 @@ def code_of(error: ClientError) -> str:
 def _explain_answer(error: ClientError, where: str, target: str) -> DistillError:
     code, status = code_of(error), status_of(error)
     attempts = int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)) + 1
-    if code == "NoSuchBucket":
-        bucket = target.removeprefix("s3://").partition("/")[0]
-        return StorageError(
-            f"{where}: there is no bucket {bucket!r}; create it or correct the URI (and AWS_ENDPOINT_URL)"
-        )
     if status == 404:
         return NotFoundError(f"no such object: {target}")
     if code in _KEYS_REMEDY:
@@ -111,10 +131,27 @@ def _explain_answer(error: ClientError, where: str, target: str) -> DistillError
     if status == 507:
         return StorageError(f"{where}: the store is full ({code}, HTTP 507); free space there, then run again")
     message = error.response.get("Error", {}).get("Message", "")
+    if _refuses_checksums(error):
+        return StorageError(
+            f"{where}: the store refuses the checksums that the AWS SDK adds by itself ({code}, HTTP {status}: "
+            f"{message}); {_NO_CHECKSUMS}"
+        )
+    if status == 501:
+        return StorageError(
+            f"{where}: the store does not offer this ({code}, HTTP 501: {message}); if it means the checksums that the "
+            f"AWS SDK adds by itself, {_NO_CHECKSUMS}; else use another store"
+        )
     return StorageError(
         f"{where}: {code or 'error'} (HTTP {status}) after {attempts} attempts: {message}; run again when the "
         "store answers, all finished work is kept"
     )
+
+
+def _refuses_checksums(error: ClientError) -> bool:
+    """Whether the answer names a header of the checksums that the SDK adds to requests by itself."""
+    if status_of(error) not in (400, 501) or code_of(error) in _DAMAGED:
+        return False
+    return any(_CHECKSUM.search(str(value)) for value in error.response.get("Error", {}).values())
 
 
 def _explain_silence(error: Exception) -> str:

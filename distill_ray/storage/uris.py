@@ -20,29 +20,40 @@ def is_s3(uri: str) -> bool:
 
 
 def split_s3(uri: str) -> tuple[str, str]:
-    """Bucket and key prefix (without slashes at its ends) of an `s3://` URI. Raises UserError."""
+    """Bucket and prefix of an `s3://` URI; the prefix is empty or ends with a slash: "s3://b/x", "s3://b/x/" → "x/".
+
+    Every other slash stays: "d//x" and "/x" are keys of their own. Raises UserError.
+    """
     bucket, _, prefix = uri[len("s3://") :].partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]", bucket):
         raise UserError(
             f"{uri}: {bucket!r} is no bucket name (3 to 63 lower-case letters, digits, dots or hyphens); "
             "write s3://bucket/prefix"
         )
-    return bucket, prefix.strip("/")
+    return bucket, prefix if not prefix or prefix.endswith("/") else f"{prefix}/"
+
+
+def join_s3(bucket: str, prefix: str) -> str:
+    """The shortest URI that `split_s3` takes apart into these."""
+    short = prefix[:-1]
+    if prefix and (not short or short.endswith("/")):
+        short = prefix  # "s3://b/d/" is the folder "d/": only a further slash says "d//"
+    return f"s3://{bucket}/{short}" if short else f"s3://{bucket}"
 
 
 def split_uri(uri: str) -> tuple[str, str]:
     """Folder and last name: "s3://b/p/x.parquet" → ("s3://b/p", "x.parquet"); a local path alike.
 
-    Raises UserError where nothing is left to name, as in "s3://b" or "/".
+    Raises UserError where nothing is left to name, as in "s3://b", "s3://b/d//" or "/".
     """
     if is_s3(uri):
-        bucket, path = split_s3(uri)
-        folder, _, name = path.rpartition("/")
-        root = f"s3://{bucket}/{folder}" if folder else f"s3://{bucket}"
+        bucket, prefix = split_s3(uri)
+        folder, slash, name = prefix[:-1].rpartition("/")
+        root = join_s3(bucket, folder + slash)
     else:
         root, name = str(Path(uri).parent), Path(uri).name
     if not name:
-        raise UserError(f"{uri!r} names a whole store and no object in it; add a file name")
+        raise UserError(f"{uri!r} names a store or a folder and no object in it; add a file name")
     return root, name
 
 
@@ -62,12 +73,13 @@ def open_storage(uri: str) -> Storage:
 
 
 def check_access(uri: str) -> None:
-    """Prove that `uri` can be listed, written and deleted under, within about 10 s.
+    """Prove within about 10 s that `uri` can be listed, written and deleted under; on S3 also that writes keep their
+    conditions.
 
     Raises StorageError naming the bucket or folder, the endpoint and the remedy.
     """
     if is_s3(uri):
-        from distill_ray.storage.s3 import check_s3
+        from distill_ray.storage.s3_check import check_s3
 
         check_s3(uri)
     else:

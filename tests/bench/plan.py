@@ -31,7 +31,7 @@ from distill_ray.codec import CODEC_VERSION
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus.index import SourceIndex, keep_index
 from distill_ray.schema import UnitSummary
-from distill_ray.storage import Storage, glob_sources, open_storage
+from distill_ray.storage import Storage, find_sources, open_storage
 from distill_ray.targets import CaptureIdentity, capture_prefix
 from distill_ray.units import texts
 from tests.bench.measure import LEAST_REPEATS, apart, resident_mib
@@ -83,7 +83,7 @@ def make(folder: Path, sources: int) -> None:
     storage = open_storage(str(folder / "root"))
     of = section(folder)
     cuts = [i * of.unit_bytes for i in range(UNITS_PER_SOURCE)]
-    for uri, info in glob_sources(of.sources[0]):
+    for uri, info in find_sources(of.sources).items():
         content = hashlib.sha256(uri.encode()).hexdigest()
         index = SourceIndex(content, UNITS_PER_SOURCE * of.unit_bytes, ["text"], cuts, [], [])
         keep_index(storage, uri, info, of.unit_bytes, index)

@@ -10,12 +10,12 @@ import pytest
 from distill_ray.config.sections import CorpusSection
 from distill_ray.corpus import probe_sources
 from distill_ray.errors import UserError
-from distill_ray.storage import glob_sources
+from distill_ray.storage import find_sources
 from distill_ray.storage.local import LocalStorage
 
 
 def probe(pattern, **changes):
-    return probe_sources(CorpusSection(sources=(str(pattern),), **changes), dict(glob_sources(str(pattern))))
+    return probe_sources(CorpusSection(sources=(str(pattern),), **changes), find_sources([str(pattern)]))
 
 
 def lines(records):

@@ -18,7 +18,7 @@ from distill_ray.corpus import Sample, held_out, load_tokenizer, sample_sources
 from distill_ray.errors import UserError
 from distill_ray.forecast.amounts import corpus_amounts
 from distill_ray.schema import Amounts
-from distill_ray.storage import glob_sources, open_storage
+from distill_ray.storage import find_sources, open_storage
 from tests.assets import tiny_tokenizer_folder
 from tests.unit.run_fakes import OF, capture, planned, recipe_in, source
 
@@ -41,7 +41,7 @@ def _recipe(pattern: Path | str, **sections: dict[str, Any]) -> Recipe:
 
 
 def _sample(recipe: Recipe, tokenizer: Any) -> Sample:
-    return sample_sources(recipe, dict(glob_sources(recipe.corpus.sources[0])), tokenizer)
+    return sample_sources(recipe, find_sources(recipe.corpus.sources), tokenizer)
 
 
 def _write(path: Path, records: list[dict[str, str]]) -> None:

@@ -23,7 +23,7 @@ from distill_ray.corpus import load_tokenizer, plan_units, read_unit_prompts
 from distill_ray.corpus.probe import probe_sources
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.schema import Sequence, TargetRows
-from distill_ray.storage import glob_sources, open_storage
+from distill_ray.storage import find_sources, open_storage
 from distill_ray.targets import StoredSequence
 from distill_ray.targets.layout import checksum
 from distill_ray.teacher.generation import Answer, Completion, answers, joined, sample_seed, writing_of
@@ -129,10 +129,10 @@ def test_units_of_prompts_are_others_and_need_other_columns(tmp_path: Path) -> N
     path.write_text(json.dumps({"prompt": "x"}) + "\n")
     section = _section(path, "prompt_completion")
     (asked,) = plan_units(section, "tok", None, prompts=True)
-    probe_sources(section, dict(glob_sources(str(path))), prompts=True)
+    probe_sources(section, find_sources([str(path)]), prompts=True)
     for look in (
         lambda: plan_units(section, "tok", None),
-        lambda: probe_sources(section, dict(glob_sources(str(path)))),
+        lambda: probe_sources(section, find_sources([str(path)])),
     ):
         with pytest.raises(UserError, match=r"needs \['completion'\]"):
             look()

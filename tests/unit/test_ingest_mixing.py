@@ -11,7 +11,7 @@ import pytest
 
 from distill_ray.config import fingerprint, identity_of
 from distill_ray.errors import UserError
-from distill_ray.ingest import BatchPlan, build_plan
+from distill_ray.ingest import BatchPlan, build_plan, check_mix
 from distill_ray.ingest.loader import rank_micro_batches
 from distill_ray.targets import RunManifest
 from tests.unit.test_config import minimal, parse_recipe
@@ -96,6 +96,12 @@ def test_patterns_that_match_nothing_or_each_other_are_refused():
         _plan({"s3://data/a/*": 2.0, "s3://data/*/x.jsonl": 2.0})
     with pytest.raises(UserError, match="leaves nothing of 1600 training sequences"):
         _plan({"s3://data/*/*": 0.0})
+
+
+def test_a_pattern_that_is_a_source_as_it_is_written_is_that_one_alone():
+    exact, beside = "s3://data/part[1].jsonl", "s3://data/part1.jsonl"
+    assert check_mix({exact: 2.0}, [exact, beside]) == {exact: 2.0, beside: 1.0}
+    assert check_mix({exact: 2.0}, [beside]) == {beside: 2.0}
 
 
 def test_the_recipe_states_weights_and_without_any_keeps_its_fingerprint():

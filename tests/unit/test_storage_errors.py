@@ -30,7 +30,7 @@ from tests.s3server import S3Server
 
 
 def test_wrong_bucket(s3_root: str) -> None:
-    with pytest.raises(StorageError, match=r"no bucket 'no-such-bucket' at http://127.*create it or correct"):
+    with pytest.raises(StorageError, match=r"at http://127.*no bucket 'no-such-bucket'; create it or correct"):
         check_access("s3://no-such-bucket/x")
     storage = open_storage("s3://no-such-bucket/x")
     with pytest.raises(StorageError, match="no bucket 'no-such-bucket'"):
