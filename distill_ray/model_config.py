@@ -25,17 +25,17 @@ def attention_implementation(config: PretrainedConfig) -> str | None:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a Hugging Face folder as it is written.
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A configuration of a Hugging Face folder as it is written.
 
     Raises:
         UserError: there is none, or it is no JSON object.
     """
-    path = folder / "config.json"
+    path = folder / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json; name a Hugging Face model folder") from None
+        raise UserError(f"{folder} has no {name}; name a Hugging Face model folder") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy the model folder again") from None
     if not isinstance(config, dict):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from distill_ray.config import fingerprint
 from distill_ray.errors import UserError
+from distill_ray.model_config import read_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,8 +66,7 @@ def end_tokens(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     generation_config.json and config.json state."""
     stated: set[int | None] = set()
     for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        config = read_config(folder, name) if (folder / name).exists() else {}
         for section in (config, config.get("text_config") or {}):
             ends = section.get("eos_token_id")
             stated |= set(ends) if isinstance(ends, list) else {ends}

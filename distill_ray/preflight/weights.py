@@ -11,12 +11,13 @@ from typing import Any
 
 from distill_ray.causal_lm import load_causal_lm
 from distill_ray.errors import UserError
-from distill_ray.model_config import stated_quantization
+from distill_ray.model_config import read_config, stated_quantization
 from distill_ray.storage import WEIGHT_FILES, Storage, model_files, open_storage, stage_folder, weight_files
 
 _AGAIN = "copy the model again"
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 _INDICES = {"model.safetensors": ".index.json", "pytorch_model.bin": ".index.json"}
+_GENERATION = "generation_config.json"
 _READERS = 16
 
 
@@ -70,6 +71,7 @@ def check_weights(uri: str, trust_remote_code: bool, *, may_hold_more: bool = Fa
         UserError: a file cut short; a weight missing, of another shape, or, unless `may_hold_more`, of no module.
     """
     folder, storage = stage_folder(uri, weights=False), open_storage(uri)
+    _check_generation(uri, folder)
     if kind := stated_quantization(folder):
         return f"quantised ({kind})"
     sizes = {info.key: info.size for info in storage.list("")}
@@ -88,6 +90,15 @@ def check_weights(uri: str, trust_remote_code: bool, *, may_hold_more: bool = Fa
         except ValueError as error:  # an architecture that transformers has no causal language model for
             return " ".join(str(error).split())[:120]
     return None
+
+
+def _check_generation(uri: str, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_dict(read_config(folder, _GENERATION) if (folder / _GENERATION).exists() else {})
+    except ValueError as error:
+        raise UserError(f"{uri}/{_GENERATION} cannot be loaded: {error}; correct or remove it") from None
 
 
 def _outline(storage: Storage, uri: str, name: str, size: int, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +88,17 @@ def _special_ids(tokenizer: Any) -> dict[str, int | list[int]]:
 
 def _savable(config: GenerationConfig) -> GenerationConfig:
     """Without settings of a way of writing that the others rule out: transformers saves no such configuration."""
-    if not config.do_sample:
-        config.update(**dict.fromkeys(_SAMPLING))
-    if (config.num_beams or 1) == 1:
-        config.update(**dict.fromkeys(_BEAMS))
-    if (config.pad_token_id or 0) < 0:
-        config.pad_token_id = None
-    return config
+    found = copy.deepcopy(config)
+    if not found.do_sample:
+        found.update(**dict.fromkeys(_SAMPLING))
+    if (found.num_beams or 1) == 1:
+        found.update(**dict.fromkeys(_BEAMS))
+    if (found.pad_token_id or 0) < 0:
+        found.pad_token_id = None
+    try:
+        found.validate(strict=True)
+        return found
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        print(f"warning: of the student's generation config only token ids are exported: {reason}", file=sys.stderr)
+        return type(config)()

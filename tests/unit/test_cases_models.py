@@ -76,7 +76,13 @@ def exported(teacher: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "odd", [{"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"length_penalty": 2.0}, {"pad_token_id": -1}]
+    "odd",
+    [
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
+        {"length_penalty": 2.0},
+        {"output_scores": True},
+        {"pad_token_id": -1},
+    ],
 )
 def test_01_a_generation_config_that_contradicts_itself_is_exported_without_what_it_rules_out(
     case: Models, odd: dict[str, Any]
@@ -86,6 +92,14 @@ def test_01_a_generation_config_that_contradicts_itself_is_exported_without_what
     assert not odd.keys() - {"do_sample", "pad_token_id"} & found.keys()
     assert found["eos_token_id"] == 2
     GenerationConfig.from_pretrained(case.folder / "out").validate(strict=True)
+
+
+@pytest.mark.parametrize("text", ['{"max_new_tokens": 0}', "{"])
+def test_01_a_generation_config_that_cannot_be_loaded_is_found_by_check(case: Models, text: str) -> None:
+    (case.folder / "teacher/generation_config.json").write_text(text)
+    code, said = case.outcome(case.recipe("text"))
+    assert code == 2
+    assert "teacher/generation_config.json" in said
 
 
 def test_01_sampling_that_is_meant_stays(case: Models) -> None:
