@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,16 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+_LEFT_OVER = re.compile(r"(^|\.)(masked_bias|causal_mask|inv_freq)$|\.attn(\.attention)?\.bias$")
+"""Buffers that older versions of a family saved, and newer ones compute."""
+
+
+class CannotBuildError(UserError):
+    """transformers has no class for the model, lacks a package for it, or fails in the model's own code."""
+
+
 def load_causal_lm(
-    folder: Path,
-    dtype: torch.dtype | str,
-    trust_remote_code: bool = False,
-    *,
-    device: str | None = None,
-    may_hold_more: bool = False,
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool = False, *, may_hold_more: bool = False
 ) -> PreTrainedModel:
     """The model of a folder; transformers itself would fill what is missing with random numbers.
 
@@ -29,44 +33,82 @@ def load_causal_lm(
         folder: configuration and weights.
         dtype: of the weights.
         trust_remote_code: run Python code of the folder.
-        device: "meta" reads names and shapes alone; None is the CPU.
         may_hold_more: whether the folder may hold weights of which the model has none, such as heads that draft tokens.
 
     Raises:
+        CannotBuildError: transformers fails.
         UserError: a weight that the folder lacks, or that the model does not have, named.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    with _quietly():
+    # What a disk or memory did may be another time's luck.
+    with _building(str(folder), (ValueError, ImportError)), _quietly():
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            device_map=device,
             attn_implementation=attention_implementation(config),
-            ignore_mismatched_sizes=True,  # told below with the others
-            output_loading_info=True,
+            **_ACCOUNT,
         )
-    _account_for(model, found, folder, may_hold_more)
+    # Of a model of text and images the text part may be all that is used.
+    parts = config.get_text_config() is not config
+    _account_for(type(model).__name__, found, folder, may_hold_more or parts)
+    head, embedding, text = model.get_output_embeddings(), model.get_input_embeddings(), config.get_text_config()
+    if head is not None and getattr(text, "tie_word_embeddings", False) and head.weight is not embedding.weight:
+        # The folder has two that differ: transformers trains both, and by the configuration would save one.
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = False
     return model
 
 
+def compare_weights(
+    folder: Path,
+    shapes: Mapping[str, Sequence[int]],
+    trust_remote_code: bool = False,
+    *,
+    may_hold_more: bool = False,
+) -> None:
+    """What `load_causal_lm` would say of weights with these names and shapes; none are read.
+
+    Raises UserError as it does.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    kind = type(causal_lm_shell(config, trust_remote_code=trust_remote_code))
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with _building(str(folder)), _quietly():
+        # From a folder it would read the bytes of every weight, for nothing.
+        model, found = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, device_map="meta", **_ACCOUNT
+        )
+    parts = config.get_text_config() is not config
+    _account_for(kind.__name__, found, folder, may_hold_more or parts)
+
+
 def causal_lm_shell(config: PretrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
-    """A model of a configuration without storage: names, shapes and modules alone."""
+    """A model of a configuration without storage: names, shapes and modules alone.
+
+    Raises CannotBuildError.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with _building(str(config.name_or_path)), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _account_for(model: PreTrainedModel, found: dict[str, Any], folder: Path, may_hold_more: bool) -> None:
-    missing, more = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    other = sorted(found["mismatched_keys"])
-    what = type(model).__name__
+_ACCOUNT = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+"""What is missing, more or of another shape is told, and judged below."""
+
+
+def _account_for(what: str, found: dict[str, Any], folder: Path, may_hold_more: bool) -> None:
+    missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    more = sorted(name for name in found["unexpected_keys"] if not _LEFT_OVER.search(name))
     if missing:
         beside = f"; it holds {more[0]} instead" if more else ""
         raise UserError(
@@ -84,6 +126,15 @@ def _account_for(model: PreTrainedModel, found: dict[str, Any], folder: Path, ma
             f"{folder} holds {len(more)} weight(s) that {what} does not have, the first {more[0]}; save the model "
             "without them, or correct config.json"
         )
+
+
+@contextmanager
+def _building(what: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:  # by code of transformers' or the model's own, so of any kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CannotBuildError(f"transformers cannot build a causal language model from {what}: {reason}") from error
 
 
 @contextmanager

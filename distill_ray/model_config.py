@@ -54,8 +54,6 @@ class ModelShape:
     vocab_size: int
     context: int | None
     """Most tokens of a sequence; None where the config states none."""
-    learned_positions: bool = False
-    """Whether each position below `context` has a vector of its own; else they are computed, and go on beyond it."""
 
 
 def model_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
@@ -90,7 +88,6 @@ def model_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
         kv_heads=kv_heads if isinstance(kv_heads, int) and kv_heads > 0 else sizes["num_attention_heads"],
         vocab_size=sizes["vocab_size"],
         context=context if isinstance(context, int) else None,
-        learned_positions=not any(word in key for key in text.to_dict() for word in ("rope", "rotary", "alibi")),
     )
 
 

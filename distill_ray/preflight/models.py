@@ -41,11 +41,10 @@ def check_models(recipe: Recipe) -> list[Finding]:
             f"the teacher's tokenizer has {len(tokenizer):,} entries, its embedding {shape.vocab_size:,} rows; "
             "they do not belong together"
         )
-    # vLLM judges by itself what it leaves out.
-    unread = check_weights(model, trust, may_hold_more=recipe.teacher.engine == "vllm")
+    unread = check_weights(model, trust, by_vllm=recipe.teacher.engine == "vllm")
     fact = f"{shape.layers} layers, vocabulary {shape.vocab_size:,}, {dtype}"
     return [
-        Finding("teacher", fact + (f"; names of weights not compared: {unread}" if unread else "")),
+        Finding("teacher", fact + _unread(unread)),
         check_student(recipe, shape, tokenizer),
     ]
 
@@ -130,9 +129,13 @@ def _given(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
         )
     if section.model is not None:
         corpus.same_tokenizer(tokenizer, corpus.load_tokenizer(folder, trust))
-        check_weights(origin, trust)
-    fact = f"{shape.layers} layers, vocabulary {shape.vocab_size:,}"
-    return Finding("student", fact + _reach(origin, shape, recipe.corpus.window_tokens))
+    unread = check_weights(origin, trust) if section.model is not None else None
+    fact = f"{shape.layers} layers, vocabulary {shape.vocab_size:,}{_unread(unread)}"
+    return Finding("student", fact + _reach(recipe, origin, shape))
+
+
+def _unread(why: str | None) -> str:
+    return f"; names of weights not compared: {why}" if why else ""
 
 
 def _require_plain(uri: str, what: str) -> None:
@@ -143,14 +146,20 @@ def _require_plain(uri: str, what: str) -> None:
         )
 
 
-def _reach(origin: str, shape: ModelShape, window: int) -> str:
+def _reach(recipe: Recipe, origin: str, shape: ModelShape) -> str:
     """What to say of a window longer than the student's positions; nothing where it is not.
 
     Raises UserError where they are learned: there is none for what lies beyond.
     """
+    from torch import nn
+
+    window = recipe.corpus.window_tokens
     if shape.context is None or window <= shape.context:
         return ""
     fact = f"corpus.window_tokens={window} is more than the {shape.context} positions of the student {origin}"
-    if shape.learned_positions:
+    model = student_shell(recipe)
+    tables = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    # OPT's table begins with two rows that are no positions.
+    if (tables - {model.get_input_embeddings().num_embeddings}) & {shape.context, shape.context + 2}:
         raise UserError(f"{fact}, which are learned one by one; lower it, or choose another student")
     return f"; warning: {fact}, so it learns on positions that it has not seen: what it is worth there is not known"

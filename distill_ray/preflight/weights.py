@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from distill_ray.causal_lm import load_causal_lm
+from distill_ray.causal_lm import CannotBuildError, compare_weights
 from distill_ray.errors import UserError
 from distill_ray.model_config import read_config, stated_quantization
-from distill_ray.storage import WEIGHT_FILES, Storage, model_files, open_storage, stage_folder, weight_files
+from distill_ray.storage import (
+    MOST_HEADER,
+    WEIGHT_FILES,
+    Storage,
+    model_files,
+    open_storage,
+    stage_folder,
+    weight_files,
+)
 
 _AGAIN = "copy the model again"
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
@@ -59,16 +66,21 @@ def _check_index(uri: str, index: str, data: bytes, sizes: Mapping[str, int]) ->
         )
 
 
-def check_weights(uri: str, trust_remote_code: bool, *, may_hold_more: bool = False) -> str | None:
+def check_weights(uri: str, trust_remote_code: bool, *, by_vllm: bool = False) -> str | None:
     """That the folder's weights are those of its model, each in its shape; `check_files` holds.
 
-    Only names and shapes are read: of a model in `s3://` the headers of its files.
+    Only names and shapes are read, from the headers of its files.
+
+    Args:
+        uri: of the folder.
+        trust_remote_code: run its code.
+        by_vllm: whether vLLM loads it, which judges by itself what it leaves out, and builds what transformers cannot.
 
     Returns:
         Why that was not looked at; None where it was.
 
     Raises:
-        UserError: a file cut short; a weight missing, of another shape, or, unless `may_hold_more`, of no module.
+        UserError: a file cut short; a weight missing, of another shape or of no module.
     """
     folder, storage = stage_folder(uri, weights=False), open_storage(uri)
     _check_generation(uri, folder)
@@ -78,17 +90,15 @@ def check_weights(uri: str, trust_remote_code: bool, *, may_hold_more: bool = Fa
     names = weight_files(sizes)
     if not names[0].endswith(".safetensors"):
         return f"{names[0]} is no safetensors file"
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(_READERS) as pool:
-        for path in folder.iterdir():
-            if path.name not in names:
-                Path(work, path.name).symlink_to(path.absolute())
-        list(pool.map(lambda name: _outline(storage, uri, name, sizes[name], Path(work, name)), names))
-        try:
-            load_causal_lm(Path(work), "auto", trust_remote_code, device="meta", may_hold_more=may_hold_more)
-        except UserError as error:
-            raise UserError(str(error).replace(work, uri)) from None
-        except ValueError as error:  # an architecture that transformers has no causal language model for
-            return " ".join(str(error).split())[:120]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda name: _shapes(storage, uri, name, sizes[name]), names)
+        shapes = {name: shape for each in found for name, shape in each.items()}
+    try:
+        compare_weights(folder, shapes, trust_remote_code, may_hold_more=by_vllm)
+    except UserError as error:
+        if by_vllm and isinstance(error, CannotBuildError):
+            return str(error)
+        raise UserError(str(error).replace(str(folder), uri)) from None
     return None
 
 
@@ -101,21 +111,21 @@ def _check_generation(uri: str, folder: Path) -> None:
         raise UserError(f"{uri}/{_GENERATION} cannot be loaded: {error}; correct or remove it") from None
 
 
-def _outline(storage: Storage, uri: str, name: str, size: int, path: Path) -> None:
-    """A file with the header of a safetensors file and its size, without its bytes: a hole on the disk.
+def _shapes(storage: Storage, uri: str, name: str, size: int) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file.
 
     Raises UserError: it is none, or was cut short.
     """
-    length = storage.get_range(name, 0, 8)
-    header = storage.get_range(name, 8, int.from_bytes(length, "little")) if size >= 8 else b""
+    length = int.from_bytes(storage.get_range(name, 0, 8), "little")
     try:
-        entries: dict[str, Any] = json.loads(header)
-        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+        if size < 8 or length > min(size - 8, MOST_HEADER):
+            raise ValueError("no length of a header")
+        entries: dict[str, Any] = json.loads(storage.get_range(name, 8, length))
+        entries.pop("__metadata__", None)
+        shapes = {key: [int(n) for n in entry["shape"]] for key, entry in entries.items()}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{uri}/{name} ({size:,} bytes) does not begin as a safetensors file does; {_AGAIN}") from None
-    whole = 8 + len(header) + max(ends, default=0)
-    if size != whole:
-        raise UserError(f"{uri}/{name} has {size:,} bytes, and its header tells of {whole:,}; {_AGAIN}")
-    with path.open("wb") as file:
-        file.write(length + header)
-        file.truncate(size)
+    if size != 8 + length + end:
+        raise UserError(f"{uri}/{name} has {size:,} bytes, and its header tells of {8 + length + end:,}; {_AGAIN}")
+    return shapes

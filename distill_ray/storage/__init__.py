@@ -1,13 +1,14 @@
 """A flat key space on a local folder or S3: atomic objects, conditional writes, globs, staged folders."""
 
 from distill_ray.storage.base import ConflictError, NotFoundError, ObjectInfo, Storage, StorageError
-from distill_ray.storage.model_files import WEIGHT_FILES, model_files, weight_files
+from distill_ray.storage.model_files import MOST_HEADER, WEIGHT_FILES, model_files, weight_files
 from distill_ray.storage.sources import find_sources, matching
 from distill_ray.storage.staging import stage_folder, user_cache
 from distill_ray.storage.uris import check_access, is_s3, open_storage, split_uri
 from distill_ray.storage.verified import download_verified, read_verified
 
 __all__ = [
+    "MOST_HEADER",
     "WEIGHT_FILES",
     "ConflictError",
     "NotFoundError",

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 WEIGHT_FILES = "*.safetensors, *.bin"
 """Names of the files that hold weights, for messages."""
+MOST_HEADER = 100 * 2**20
+"""Bytes that the safetensors format allows its header."""
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".npz"),
     *(".onnx", ".onnx_data", ".tflite", ".mlmodel", ".engine"),
@@ -17,15 +19,19 @@ _TEXT = (".py", ".json", ".jinja", ".txt", ".model")
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """The weights that transformers and vLLM load, sorted: safetensors, else PyTorch's own; never the publisher's
-    originals (`consolidated*`, `*.pth`) or anything in a folder below.
+    """The weights that transformers and vLLM load, sorted: `model*.safetensors`, else PyTorch's own, else other
+    safetensors; never the publisher's originals (`consolidated*`, `*.pth`) or anything in a folder below.
 
     Args:
         names: of all files, relative to the model folder.
     """
     top = sorted(n for n in names if "/" not in n and not n.startswith("consolidated"))
     safetensors = [n for n in top if n.endswith(".safetensors")]
-    return safetensors or [n for n in top if n.endswith(".bin") and n not in _OF_TRAINING]
+    return (
+        [n for n in safetensors if n.startswith("model")]  # beside an adapter's or a value head's
+        or [n for n in top if n.endswith(".bin") and n not in _OF_TRAINING]
+        or safetensors
+    )
 
 
 def model_files(names: Iterable[str]) -> set[str]:

@@ -134,7 +134,7 @@ class S3Storage:
             for each in page.get("Contents", []):
                 key = each["Key"][len(self._prefix) :]
                 # A key that ends with a slash is a "folder" that a console made; it has no bytes.
-                if not key.endswith("/") and not is_hidden(key.rpartition("/")[2]):
+                if key and not key.endswith("/") and not is_hidden(key.rpartition("/")[2]):
                     yield ObjectInfo(key, each["Size"], _bare(each["ETag"]), each["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return

@@ -100,7 +100,11 @@ def _seen(folder: Path) -> Path:
                     (made / name).symlink_to(folder / name)
                 made.rename(target)
     except OSError as error:
-        raise explain_os(error, target, "write") from error
+        raise UserError(
+            f"{folder} holds files that are not the model's own ({', '.join(sorted(unread)[:3])}), and links to the "
+            f"others cannot be made in {target.parent} ({error.strerror}); set XDG_CACHE_HOME to a folder that can be "
+            "written, or remove those files"
+        ) from error
     return target
 
 

@@ -106,7 +106,7 @@ def from_teacher_layers(
             f"student.teacher_layers={list(layers)}: the teacher has layers 0 … {depth - 1}; choose among these"
         )
     teacher = load_causal_lm(folder, dtype, trust, may_hold_more=True)
-    student = _from_config(cut_config(config, layers), dtype, trust)
+    student = _from_config(cut_config(teacher.config, layers), dtype, trust)
     source = teacher.state_dict()
     pattern = re.compile(rf"^({re.escape(_layer_prefix(teacher, depth))}\.)(\d+)(\..*)$")
     wanted = {name: pattern.sub(lambda m: f"{m[1]}{layers[int(m[2])]}{m[3]}", name) for name in student.state_dict()}

@@ -14,11 +14,9 @@ from typing import Any
 
 from distill_ray.errors import UserError
 from distill_ray.model_config import read_config
-from distill_ray.storage import WEIGHT_FILES, ObjectInfo, Storage, open_storage, stage_folder, weight_files
+from distill_ray.storage import MOST_HEADER, WEIGHT_FILES, ObjectInfo, Storage, open_storage, stage_folder, weight_files
 
 _BLOCK = 8 * 2**20
-_MOST_HEADER = 100 * 2**20
-"""Bytes that the safetensors format allows its header."""
 _SAMPLES, _SAMPLE_BYTES = 8, 64 * 2**10
 _READERS = 8
 
@@ -73,7 +71,7 @@ def _sketch(storage: Storage, file: ObjectInfo) -> str:
     digest = hashlib.sha256(f"{file.size}\n".encode())
     if file.key.endswith(".safetensors"):
         length = storage.get_range(file.key, 0, 8)
-        header = min(int.from_bytes(length, "little"), _MOST_HEADER)
+        header = min(int.from_bytes(length, "little"), MOST_HEADER)
         digest.update(length + storage.get_range(file.key, 8, header))
     for i in range(_SAMPLES):
         start = max(0, file.size - _SAMPLE_BYTES) * i // (_SAMPLES - 1)

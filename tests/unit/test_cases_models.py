@@ -205,6 +205,11 @@ def _empty(folder: Path) -> str:
     return f"{folder}/model.safetensors is empty"
 
 
+def _page(folder: Path) -> str:
+    (folder / "model.safetensors").write_text("<html>access is restricted</html>" * 9)
+    return f"{folder}/model.safetensors (297 bytes) does not begin as a safetensors file does"
+
+
 def _originals_alone(folder: Path) -> str:
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
     return f"model folder {folder} holds no weights (*.safetensors, *.bin)"
@@ -213,7 +218,7 @@ def _originals_alone(folder: Path) -> str:
 @pytest.mark.parametrize("whose", ["teacher", "student"])
 @pytest.mark.parametrize(
     "break_it",
-    [_pointer, _shard_missing, _prefixed, _one_more, _other_shape, _cut_short, _empty, _originals_alone],
+    [_pointer, _shard_missing, _prefixed, _one_more, _other_shape, _cut_short, _empty, _page, _originals_alone],
 )
 def test_27_broken_weights_are_named_by_check(case: Models, break_it: Callable[[Path], str], whose: str) -> None:
     said_of_it = break_it(case.folder / whose)
@@ -226,6 +231,33 @@ def test_27_no_weight_is_made_up_where_check_was_left_out(case: Models) -> None:
     rename_weights(case.folder / "teacher", lambda name: name.replace("norm", "nrm"))
     with pytest.raises(UserError, match=r"the first model\.layers\.0\.input_layernorm\.weight; it holds model\.l"):
         from_teacher_layers(case.folder / "teacher", (0,), torch.float32)
+
+
+def test_27_buffers_that_older_versions_saved_are_no_weights_of_another_model(case: Models) -> None:
+    path = case.student / "model.safetensors"
+    save_file({**load_file(path), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}, path)
+    assert case.outcome(case.recipe_for_student())[0] == 0
+
+
+def test_27_a_kind_that_transformers_cannot_build_is_found_by_check(case: Models) -> None:
+    config = {"model_type": "mistral3", "text_config": json.loads((case.student / "config.json").read_text())}
+    (case.student / "config.json").write_text(json.dumps(config))
+    code, said = case.outcome(case.recipe_for_student())
+    assert code == 2
+    assert f"transformers cannot build a causal language model from {case.student}: ValueError: Unrecognized" in said
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(case: Models) -> None:
+    teacher, out = case.folder / "teacher", case.folder / "out"
+    weights = load_file(teacher / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    exported(teacher, out)
+    assert torch.equal(load_file(out / "model.safetensors")["lm_head.weight"], weights["lm_head.weight"])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(loaded.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(loaded.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
 
 
 def test_28_learned_positions_fewer_than_the_window_are_refused(case: Models) -> None:

@@ -25,7 +25,7 @@ def test_shape_of_a_llama() -> None:
 def test_shape_of_a_model_with_names_of_its_own(tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "n_head": 3, "n_layer": 5, "n_positions": 77, "vocab_size": 99, "n_embd": 12}
     assert model_shape(_folder(tmp_path, config)) == ModelShape(
-        layers=5, heads=3, kv_heads=3, vocab_size=99, context=77, learned_positions=True
+        layers=5, heads=3, kv_heads=3, vocab_size=99, context=77
     )
 
 

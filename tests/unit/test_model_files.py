@@ -35,6 +35,12 @@ def test_without_safetensors_pytorchs_own_files_are_the_weights() -> None:
     assert weight_files(names) == sorted(n for n in names if n.startswith("pytorch_model"))
 
 
+def test_an_adapters_safetensors_do_not_hide_the_models_own_files() -> None:
+    assert weight_files({"pytorch_model.bin", "adapter_model.safetensors"}) == ["pytorch_model.bin"]
+    assert weight_files({"model.safetensors", "adapter_model.safetensors"}) == ["model.safetensors"]
+    assert weight_files({"weights-1.safetensors"}) == ["weights-1.safetensors"]
+
+
 def test_mistrals_tokenizer_is_read_where_there_is_no_other() -> None:
     assert model_files({"tekken.json"}) == {"tekken.json"}
 

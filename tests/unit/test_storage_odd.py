@@ -174,3 +174,8 @@ def test_keys_with_slashes_that_name_nothing_are_keys_of_their_own(odd: OddS3) -
         assert list(find_sources([uri])) == [uri]
     assert list(find_sources(["s3://bucket/d//*"])) == ["s3://bucket/d//x"]
     assert list(find_sources(["s3://bucket//*"])) == ["s3://bucket//x"]
+
+
+def test_the_folder_that_a_console_made_is_no_object(odd: OddS3) -> None:
+    odd.objects = {"model/": b"", "model/config.json": b"{}", "model/sub/": b""}
+    assert [info.key for info in open_storage("s3://bucket/model").list("")] == ["config.json"]
