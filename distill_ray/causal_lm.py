@@ -83,7 +83,7 @@ def compare_weights(
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with _building(str(folder)), _quietly():
         # From a folder it would read the bytes of every weight, for nothing.
-        model, found = kind.from_pretrained(
+        _, found = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, device_map="meta", **_ACCOUNT
         )
     parts = config.get_text_config() is not config
