@@ -24,8 +24,8 @@ def check_models(recipe: Recipe) -> list[Finding]:
     Raises UserError: the first thing that does not fit.
     """
     model, trust = recipe.teacher.model, recipe.teacher.trust_remote_code
-    check_files(model)
     folder = stage_folder(model, weights=False)
+    check_files(model)
     shape = model_shape(folder, trust)
     check_teacher(recipe, shape)
     dtype = resolve_dtype(recipe.teacher, folder).dtype
@@ -43,10 +43,7 @@ def check_models(recipe: Recipe) -> list[Finding]:
         )
     unread = check_weights(model, trust, by_vllm=recipe.teacher.engine == "vllm")
     fact = f"{shape.layers} layers, vocabulary {shape.vocab_size:,}, {dtype}"
-    return [
-        Finding("teacher", fact + _unread(unread)),
-        check_student(recipe, shape, tokenizer),
-    ]
+    return [Finding("teacher", fact + _unread(unread)), check_student(recipe, shape, tokenizer)]
 
 
 def check_teacher(recipe: Recipe, shape: ModelShape) -> None:
@@ -110,9 +107,9 @@ def _given(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
     section, trust = recipe.student, recipe.teacher.trust_remote_code
     origin = section.model or section.config
     assert origin is not None  # the recipe's own rule
+    folder = stage_folder(origin, weights=False)
     if section.model is not None:
         check_files(origin)
-    folder = stage_folder(origin, weights=False)
     shape = model_shape(folder, trust)
     _require_plain(origin, "the student")
     if shape.vocab_size < len(tokenizer):

@@ -23,7 +23,6 @@ from distill_ray.storage import (
 
 _AGAIN = "copy the model again"
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
-_INDICES = {"model.safetensors": ".index.json", "pytorch_model.bin": ".index.json"}
 _GENERATION = "generation_config.json"
 _READERS = 16
 
@@ -46,8 +45,8 @@ def check_files(uri: str) -> None:
         raise UserError(f"model folder {uri} holds no weights ({WEIGHT_FILES}); {_AGAIN}")
     if empty := [name for name in weights if not sizes[name]]:
         raise UserError(f"{uri}/{empty[0]} is empty; {_AGAIN}")
-    for single, suffix in _INDICES.items():
-        index = single + suffix
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = f"{single}.index.json"
         if single not in sizes and index in sizes and weights[0].endswith(Path(single).suffix):
             _check_index(uri, index, storage.get(index), sizes)
 
@@ -84,8 +83,6 @@ def check_weights(uri: str, trust_remote_code: bool, *, by_vllm: bool = False) -
     """
     folder, storage = stage_folder(uri, weights=False), open_storage(uri)
     _check_generation(uri, folder)
-    if kind := stated_quantization(folder):
-        return f"quantised ({kind})"
     sizes = {info.key: info.size for info in storage.list("")}
     names = weight_files(sizes)
     if not names[0].endswith(".safetensors"):
@@ -93,6 +90,8 @@ def check_weights(uri: str, trust_remote_code: bool, *, by_vllm: bool = False) -
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: _shapes(storage, uri, name, sizes[name]), names)
         shapes = {name: shape for each in found for name, shape in each.items()}
+    if kind := stated_quantization(folder):
+        return f"quantised ({kind})"
     try:
         compare_weights(folder, shapes, trust_remote_code, may_hold_more=by_vllm)
     except UserError as error:
