@@ -44,7 +44,7 @@ def load_causal_lm(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     # What a disk or memory did may be another time's luck.
     with _building(str(folder), (ValueError, ImportError)), _quietly():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -53,6 +53,7 @@ def load_causal_lm(
             attn_implementation=attention_implementation(config),
             **_ACCOUNT,
         )
+    model, found = loaded
     # Of a model of text and images the text part may be all that is used.
     parts = config.get_text_config() is not config
     _account_for(type(model).__name__, found, folder, may_hold_more or parts)

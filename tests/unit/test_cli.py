@@ -25,7 +25,7 @@ def heavy_after(*arguments: str) -> list[str]:
         f"try:\n    main({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
         f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     return ast.literal_eval(out.rsplit("HEAVY", 1)[1].strip())
 
 

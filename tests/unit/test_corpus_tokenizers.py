@@ -63,7 +63,7 @@ def test_identity_is_the_same_in_another_process(original):
         "print(tokenizer_identity(load_tokenizer(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(tiny_tokenizer_folder())]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
     assert found == tokenizer_identity(original)
 
 

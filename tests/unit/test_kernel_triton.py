@@ -49,5 +49,5 @@ def test_kernel_is_the_reduction_by_torch() -> None:
 
 def test_module_loads_without_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; from distill_ray.teacher import kernel_triton as k; print(k.tl)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.strip() == "None"

@@ -29,5 +29,5 @@ def test_kernels_equal_the_dense_formula_under_the_interpreter():
 
 def test_importing_the_losses_imports_no_triton():
     code = "import sys, distill_ray.losses.triton_pass; print([m for m in sys.modules if m.split('.')[0] == 'triton'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -27,7 +27,7 @@ def test_auto_and_the_dtype_it_means_are_one_run_and_another_dtype_is_not(tmp_pa
 def test_the_driver_loads_no_framework_before_it_needs_one():
     heavy = ("torch", "transformers", "ray", "vllm", "deepspeed", "boto3", "pandas", "numba")
     code = f"import sys, distill_ray.pipeline; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout == "[]\n"
 
 
 def test_how_much_is_audited_is_no_part_of_a_run(tmp_path: Path):

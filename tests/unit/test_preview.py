@@ -135,5 +135,5 @@ def test_neither_ray_nor_an_engine_is_loaded(recipe):
         f"assert main(['preview', {str(path)!r}]) == 0\n"
         "print(sorted({'ray', 'vllm', 'deepspeed'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

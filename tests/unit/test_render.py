@@ -324,7 +324,7 @@ def test_render_imports_nothing_heavy():
         f"main(['render', {str(recipe)!r}, '--kind', 'rayjob'])\n"
         "print('HEAVY', [m for m in ('torch', 'ray', 'vllm', 'deepspeed', 'boto3', 'pyarrow') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert out.rstrip().endswith("HEAVY []")
 
 

@@ -176,7 +176,7 @@ def test_status_loads_no_framework(recipe: Recipe, storage: Storage):
         f"print(status(Recipe.model_validate_json(open({str(path)!r}).read())).render())\n"
         "print([m for m in ('torch', 'transformers', 'ray', 'vllm', 'deepspeed') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert out.endswith("[]\n"), out
 
 

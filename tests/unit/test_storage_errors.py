@@ -101,7 +101,7 @@ def test_a_write_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n    s.put('k', bytes(5000))\nexcept StorageError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True)
     assert "5,000 bytes" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["k"]
     assert (tmp_path / "k").read_bytes() == b"old"
@@ -120,7 +120,7 @@ def test_importing_storage_loads_neither_boto3_nor_ray() -> None:
         "import sys, distill_ray.storage, distill_ray.lease, distill_ray.registry\n"
         "print([m for m in ('boto3', 'ray', 'torch', 'pyarrow') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

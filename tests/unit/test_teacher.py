@@ -463,5 +463,5 @@ def test_environment_is_left_alone_on_gpus(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_importing_the_package_loads_neither_torch_nor_vllm() -> None:
     code = "import sys, distill_ray.teacher; print([m for m in ('torch', 'vllm', 'ray') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.strip() == "[]"

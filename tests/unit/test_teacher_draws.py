@@ -180,7 +180,9 @@ def fingerprint() -> str:
 def test_another_process_draws_the_same() -> None:
     code = "import torch; torch.set_num_threads(1); from tests.unit.test_teacher_draws import *; print(fingerprint())"
     env = os.environ | {"PYTHONPATH": str(REPO), "PYTHONHASHSEED": "7"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=env, stdout=subprocess.PIPE, text=True, check=True
+    )
     assert done.stdout.strip() == fingerprint()
 
 
