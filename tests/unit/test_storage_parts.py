@@ -47,10 +47,10 @@ def reading_by(function: Callable[..., bytes]) -> Iterator[None]:
 
 def test_parts_make_the_object_and_an_empty_one(s3_uri: str, tmp_path: Path, reads: list[int]) -> None:
     storage = open_storage(s3_uri)
-    storage.put("sub/model.safetensors", DATA)
+    storage.put("model.safetensors", DATA)
     storage.put("empty", b"")
     folder = stage_folder(s3_uri, tmp_path / "cache")
-    assert (folder / "sub/model.safetensors").read_bytes() == DATA
+    assert (folder / "model.safetensors").read_bytes() == DATA
     assert (folder / "empty").read_bytes() == b""
     assert sorted(reads) == list(range(0, len(DATA), PART))
     assert [p.name for p in folder.rglob(".tmp-*")] == []

@@ -345,7 +345,7 @@ def test_a_revision_does_not_stand_for_the_content(tmp_path: Path) -> None:
         "another model of the same shape": lambda: save_file({"w": values + 1}, copy / "model.safetensors"),
         "other names": lambda: save_file({"v": values}, copy / "model.safetensors"),
         "another size": lambda: save_file({"w": values[1:]}, copy / "model.safetensors"),
-        "one more file": lambda: save_file({"x": values}, copy / "more.safetensors"),
+        "one more file": lambda: save_file({"x": values}, copy / "model-2.safetensors"),
         "the index": lambda: (copy / "model.safetensors.index.json").write_text("{}"),
         "the code": lambda: (copy / "modeling.py").write_text("SCALE = 2"),
         "the config": lambda: (copy / "config.json").write_text('{"vocab_size": 9, "cap": 1}'),
