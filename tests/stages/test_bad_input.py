@@ -96,7 +96,7 @@ def test_empty_corpus(tmp_path: Path):
     ("environment", "root", "expected"),
     [
         ({}, "s3://no-such-bucket-here/x", "no-such-bucket-here"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, None, "refuse"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, None, "the secret key does not belong to the access key"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, None, "127.0.0.1:9"),
     ],
     ids=["wrong bucket", "wrong keys", "endpoint down"],
