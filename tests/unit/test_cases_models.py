@@ -20,7 +20,7 @@ from distill_ray.errors import UserError
 from distill_ray.storage import stage_folder
 from distill_ray.student.build import from_teacher_layers
 from distill_ray.student.folder import write_folder
-from tests.assets import tiny_llama_folder, tiny_teacher_folder
+from tests.assets import tiny_teacher_folder
 from tests.unit.test_cases import Case, prose
 
 pytestmark = pytest.mark.cases
@@ -284,15 +284,6 @@ def test_29_beside_tokenizer_json_a_tekken_json_is_not_read(case: Models) -> Non
     seen = stage_folder(str(case.student))
     assert load_tokenizer(seen)("one river").input_ids == plain
     assert {path.name for path in seen.iterdir()} == shown
-
-
-def test_30_a_student_may_lack_the_teachers_padding_rows(case: Models) -> None:
-    shutil.rmtree(case.folder / "teacher")
-    shutil.copytree(tiny_llama_folder(vocab=512, rows=576), case.folder / "teacher")
-    code, said = case.outcome(case.recipe_for_student())
-    assert code == 0
-    assert "vocabulary 576" in said
-    assert "vocabulary 512" in said
 
 
 def test_36_a_spike_of_a_loss_that_falls_below_zero_is_no_bound(case: Models) -> None:
