@@ -14,7 +14,7 @@ from distill_ray.preflight.models import check_models
 from distill_ray.preflight.software import ask_groups, installed_here
 from distill_ray.report import check_require
 from distill_ray.session import check_temporary_folder, cluster_address, ray_session
-from distill_ray.storage import check_access, find_sources
+from distill_ray.storage import check_access, find_sources, is_s3
 
 
 def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
@@ -38,9 +38,8 @@ def check(recipe: Recipe, *, address: str | None = None) -> list[Finding]:
         check_temporary_folder()
     findings = [_batches(recipe), installed_here(recipe, alone=where is None)]
     check_access(recipe.storage.root)
-    findings.append(
-        Finding("storage", f"{recipe.storage.root} can be listed, written and deleted, one writer at a time")
-    )
+    kept = ", and keeps the conditions of writes" if is_s3(recipe.storage.root) else ""
+    findings.append(Finding("storage", f"{recipe.storage.root} can be listed, written and deleted{kept}"))
     sources = find_sources(recipe.corpus.sources)
     total = sum(info.size for info in sources.values())
     if not total:

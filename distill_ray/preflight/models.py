@@ -124,9 +124,10 @@ def _given(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
             f"of the teacher, and the student {origin} has {shape.vocab_size:,}: the first draw beyond them would end "
             'the training; choose a student with as many rows, or objective = "bucket"'
         )
+    unread = None
     if section.model is not None:
         corpus.same_tokenizer(tokenizer, corpus.load_tokenizer(folder, trust))
-    unread = check_weights(origin, trust) if section.model is not None else None
+        unread = check_weights(origin, trust)
     fact = f"{shape.layers} layers, vocabulary {shape.vocab_size:,}{_unread(unread)}"
     return Finding("student", fact + _reach(recipe, origin, shape))
 

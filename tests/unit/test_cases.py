@@ -96,8 +96,11 @@ class Case:
         return [each for each in found if "ids" in each], [each["refused"] for each in found if "refused" in each]
 
     def check(self, recipe: str) -> tuple[int, str]:
+        """Exit code, and all that was said."""
         self._capsys.readouterr()
-        return cli.main(["check", recipe]), self._capsys.readouterr().err
+        code = cli.main(["check", recipe])
+        found = self._capsys.readouterr()
+        return code, found.out + found.err
 
     def learned(self, found: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """Text before each supervised span, and the span's own."""

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from distill_ray import cli
 from distill_ray.config import load_recipe
 from distill_ray.corpus import load_tokenizer
 from distill_ray.errors import UserError
@@ -31,7 +30,7 @@ class Models(Case):
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         super().__init__(folder, capsys)
-        self.captured, self.student = capsys, folder / "student"
+        self.student = folder / "student"
         self.write(*({"text": prose(40)} for _ in range(48)))
         shutil.copytree(tiny_teacher_folder(), self.student)
 
@@ -39,12 +38,6 @@ class Models(Case):
         path = Path(self.recipe("text", **arguments))
         path.write_text(path.read_text().replace("teacher_layers = [0]", f'model = "{self.student}"\n{more}'))
         return str(path)
-
-    def outcome(self, recipe: str) -> tuple[int, str]:
-        self.captured.readouterr()
-        code = cli.main(["check", recipe])
-        found = self.captured.readouterr()
-        return code, found.out + found.err
 
 
 @pytest.fixture
@@ -97,7 +90,7 @@ def test_01_a_generation_config_that_contradicts_itself_is_exported_without_what
 @pytest.mark.parametrize("text", ['{"max_new_tokens": 0}', "{"])
 def test_01_a_generation_config_that_cannot_be_loaded_is_found_by_check(case: Models, text: str) -> None:
     (case.folder / "teacher/generation_config.json").write_text(text)
-    code, said = case.outcome(case.recipe("text"))
+    code, said = case.check(case.recipe("text"))
     assert code == 2
     assert "teacher/generation_config.json" in said
 
@@ -110,13 +103,13 @@ def test_01_sampling_that_is_meant_stays(case: Models) -> None:
 
 def test_02_adapters_on_a_conv1d_are_refused_by_check(case: Models) -> None:
     gpt2(case.student, 512)
-    code, said = case.outcome(case.recipe_for_student('[student.lora]\nrank = 2\ntargets = ["c_attn"]'))
+    code, said = case.check(case.recipe_for_student('[student.lora]\nrank = 2\ntargets = ["c_attn"]'))
     assert code == 2
     assert "transformer.h.0.attn.c_attn of GPT2LMHeadModel is of type Conv1D" in said
 
 
 def test_03_adapters_on_an_embedding_are_refused_by_check(case: Models) -> None:
-    code, said = case.outcome(case.recipe_for_student('[student.lora]\ntargets = ["q_proj", "embed_tokens"]'))
+    code, said = case.check(case.recipe_for_student('[student.lora]\ntargets = ["q_proj", "embed_tokens"]'))
     assert code == 2
     assert "model.embed_tokens of LlamaForCausalLM is of type Embedding" in said
 
@@ -125,7 +118,7 @@ def test_03_adapters_on_an_embedding_are_refused_by_check(case: Models) -> None:
 def test_04_quantised_weights_are_not_trained(case: Models, cut: bool) -> None:
     folder = case.folder / "teacher" if cut else case.student
     change(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    code, said = case.outcome(case.recipe("text") if cut else case.recipe_for_student())
+    code, said = case.check(case.recipe("text") if cut else case.recipe_for_student())
     assert code == 2
     assert f"in {folder} has quantised weights (bitsandbytes)" in said
 
@@ -135,7 +128,7 @@ def test_05_a_base_student_stops_where_its_teacher_does(case: Models) -> None:
         change(case.student / name, eos_token_id=0)
     change(case.student / "tokenizer_config.json", eos_token="<|endoftext|>")
     change(case.folder / "teacher/generation_config.json", eos_token_id=[2, 1])
-    assert case.outcome(case.recipe_for_student())[0] == 0
+    assert case.check(case.recipe_for_student())[0] == 0
     model = AutoModelForCausalLM.from_pretrained(case.student)
     write_folder(model, model.state_dict(), case.folder / "teacher", case.folder / "out")
     for name in ("config.json", "generation_config.json"):
@@ -154,7 +147,7 @@ def test_26_a_temporary_folder_too_long_for_sockets_is_named(case: Models, monke
     recipe = case.recipe("text")
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(case.folder / ("x" * 60)))
-    code, said = case.outcome(recipe)
+    code, said = case.check(recipe)
     assert code == 2
     assert "TMPDIR=" in said
     assert "107" in said
@@ -222,7 +215,7 @@ def _originals_alone(folder: Path) -> str:
 )
 def test_27_broken_weights_are_named_by_check(case: Models, break_it: Callable[[Path], str], whose: str) -> None:
     said_of_it = break_it(case.folder / whose)
-    code, said = case.outcome(case.recipe_for_student())
+    code, said = case.check(case.recipe_for_student())
     assert code == 2
     assert said_of_it in said
 
@@ -234,15 +227,16 @@ def test_27_no_weight_is_made_up_where_check_was_left_out(case: Models) -> None:
 
 
 def test_27_buffers_that_older_versions_saved_are_no_weights_of_another_model(case: Models) -> None:
+    gpt2(case.student, 512)
     path = case.student / "model.safetensors"
-    save_file({**load_file(path), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}, path)
-    assert case.outcome(case.recipe_for_student())[0] == 0
+    save_file({**load_file(path), "transformer.h.0.attn.masked_bias": torch.zeros(1)}, path)
+    assert case.check(case.recipe_for_student())[0] == 0
 
 
 def test_27_a_kind_that_transformers_cannot_build_is_found_by_check(case: Models) -> None:
     config = {"model_type": "mistral3", "text_config": json.loads((case.student / "config.json").read_text())}
     (case.student / "config.json").write_text(json.dumps(config))
-    code, said = case.outcome(case.recipe_for_student())
+    code, said = case.check(case.recipe_for_student())
     assert code == 2
     assert f"transformers cannot build a causal language model from {case.student}: ValueError: Unrecognized" in said
 
@@ -262,14 +256,14 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(case: Mode
 
 def test_28_learned_positions_fewer_than_the_window_are_refused(case: Models) -> None:
     gpt2(case.student, 64)
-    code, said = case.outcome(case.recipe_for_student(window=128))
+    code, said = case.check(case.recipe_for_student(window=128))
     assert code == 2
     assert "corpus.window_tokens=128 is more than the 64 positions of the student" in said
 
 
 def test_28_rotary_positions_fewer_than_the_window_are_a_warning(case: Models) -> None:
     change(case.student / "config.json", max_position_embeddings=64)
-    code, said = case.outcome(case.recipe_for_student(window=128))
+    code, said = case.check(case.recipe_for_student(window=128))
     assert code == 0
     assert "warning: corpus.window_tokens=128 is more than the 64 positions of the student" in said
 
@@ -280,7 +274,7 @@ def test_29_beside_tokenizer_json_a_tekken_json_is_not_read(case: Models) -> Non
         change(folder / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
         (folder / "tekken.json").write_text("{}")
         (folder / "consolidated.safetensors").write_text("the publisher's own")
-    assert case.outcome(case.recipe_for_student())[0] == 0
+    assert case.check(case.recipe_for_student())[0] == 0
     seen = stage_folder(str(case.student))
     assert load_tokenizer(seen)("one river").input_ids == plain
     assert {path.name for path in seen.iterdir()} == shown

@@ -13,7 +13,7 @@ from distill_ray.storage import ConflictError, NotFoundError, StorageError, chec
 from distill_ray.storage.s3_errors import explain
 from tests.odd_s3 import OddS3
 
-ROOT = "s3://bucket/own/root"
+ROOT = "s3://bucket/own/place"
 UNSUPPORTED = "Unsupported header 'x-amz-sdk-checksum-algorithm' received for this API call."
 
 
@@ -98,7 +98,7 @@ def test_an_upload_in_parts_sends_no_checksum_either(
     open_storage(ROOT).upload(path, "large")
     assert len([line for line in odd.seen if line.startswith("PUT")]) == 5
     assert not [line for line in odd.seen if "checksum" in line]
-    assert odd.objects["own/root/large"] == path.read_bytes()
+    assert odd.objects["own/place/large"] == path.read_bytes()
 
 
 def without_checksums(patch: pytest.MonkeyPatch) -> None:

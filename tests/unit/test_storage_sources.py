@@ -158,10 +158,10 @@ def test_a_file_that_links_lead_to_is_there_once(linked: Path, patterns: list[st
     assert sorted(find_sources(f"{linked}/{each}" for each in patterns)) == [f"{linked}/{name}" for name in expected]
 
 
-def test_a_root_over_a_link_keeps_the_path_as_it_is_written(linked: Path, tmp_path: Path) -> None:
-    (tmp_path / "root").symlink_to("data")
-    assert list(find_sources([f"{tmp_path}/root/**"])) == [
-        f"{tmp_path}/root/{n}" for n in ("2024/a", "2024/sub/b", "x/c")
+def test_a_folder_over_a_link_keeps_the_path_as_it_is_written(linked: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("data")
+    assert list(find_sources([f"{tmp_path}/link/**"])) == [
+        f"{tmp_path}/link/{n}" for n in ("2024/a", "2024/sub/b", "x/c")
     ]
 
 
