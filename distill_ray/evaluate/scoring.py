@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,12 +98,13 @@ def _score(job: ScoringJob) -> Iterator[float | reports.Evaluation]:
     watch = Stopwatch(node_type=node_type())
     beat = Beat(watch, job.meter)
     try:
-        yield from _scored(job, watch)
+        evaluation = yield from _scored(job, watch)
     finally:
         beat.close()
+    yield evaluation  # not before its seconds have arrived: the driver asks for no more and ends the meter
 
 
-def _scored(job: ScoringJob, watch: Stopwatch) -> Iterator[float | reports.Evaluation]:
+def _scored(job: ScoringJob, watch: Stopwatch) -> Generator[float, None, reports.Evaluation]:
     import torch
 
     from distill_ray.ingest.loader import PackLoader
@@ -146,7 +147,7 @@ def _scored(job: ScoringJob, watch: Stopwatch) -> Iterator[float | reports.Evalu
                 watch.did(1, batch.tokens)
                 yield round(tokens / seconds, 1)
         del module
-    yield reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds, sketch)
+    return reports.Evaluation(teacher, before, after, kept_mass, tokens / seconds, sketch)
 
 
 def _load(origin: Recipe, trained: Path, identity: CaptureIdentity) -> DistillModule:
