@@ -112,7 +112,9 @@ def _cuts(found: Iterator[pa.RecordBatch], spans: list[tuple[int, int]]) -> Iter
 
 
 def _group_batches(file: pq.ParquetFile, groups: list[int], columns: Collection[str]) -> Iterator[pa.RecordBatch]:
-    yield from file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=_present(file, columns))
+    # On this thread alone, as `storage.read_table`: what lies below is a Python file.
+    present = _present(file, columns)
+    yield from file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=present, use_threads=False)
 
 
 def _present(file: pq.ParquetFile, columns: Collection[str]) -> list[str]:

@@ -144,13 +144,13 @@ def build_report(
 
 
 def to_bytes(report: dict[str, Any]) -> bytes:
-    """Canonical JSON: sorted keys, UTF-8, newline at the end.
+    """JSON in the report's own order, so that the page written anew from it is the first one; newline at the end.
 
     Raises:
         IntegrityError: a value is NaN or infinite; JSON has neither, and neither may be written silently.
     """
     try:
-        return (json.dumps(report, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except ValueError:
         bad = ", ".join(_not_finite(report, ""))
         raise IntegrityError(f"the report holds values that are not finite: {bad}; nothing was written") from None

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_ray.errors import IntegrityError
+from distill_ray.storage.parquet import read_table
 
 DEFINITIONS = {
     "held_out_token_js": "Jensen–Shannon divergence in nats (0 … ln 2) between the token frequencies of the held-out "
@@ -63,7 +64,7 @@ class HeldOutSketch:
     def from_bytes(cls, data: bytes, where: str) -> HeldOutSketch:
         """The inverse. Raises IntegrityError, naming `where`."""
         try:
-            table = pq.read_table(pa.BufferReader(data))
+            table = read_table(data)
             tokenizer, capture, size, rows, entropy = (table.schema.metadata or {})[_META].decode().split(" ")
             counts = np.zeros(int(size), np.int64)
             counts[table["token"].to_numpy()] = table["count"].to_numpy()

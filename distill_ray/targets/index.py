@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from distill_ray.errors import IntegrityError
 from distill_ray.schema import UnitSummary
 from distill_ray.storage.base import NotFoundError, ObjectInfo, Storage
+from distill_ray.storage.parquet import read_table
 from distill_ray.targets.identity import CaptureIdentity, capture_prefix, fingerprint_of
 from distill_ray.units import hashes_of, in_sorted
 
@@ -273,7 +274,7 @@ def _parse(data: bytes, key: str, fingerprint: str, columns: list[str] | None) -
     named = key.rsplit("-", 1)[1].removesuffix(".parquet")
     if (got := hashlib.sha256(data).hexdigest()[:32]) != named:
         raise IntegrityError(f"index object {key} has content hash {got}, its name says {named}: truncated or altered")
-    table = pq.read_table(pa.BufferReader(data), columns=columns, use_threads=False)
+    table = read_table(data, columns)
     of = (table.schema.metadata or {}).get(_FINGERPRINT, b"").decode()
     if of != fingerprint:
         raise IntegrityError(f"index object {key} belongs to capture {of or 'unknown'}, not {fingerprint}")

@@ -10,12 +10,12 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from distill_ray.errors import IntegrityError, UserError
 from distill_ray.lease import LeaseToken, document_entry, put_owned, read_document
 from distill_ray.schema import Unit, UnitSummary
 from distill_ray.storage.base import Storage
+from distill_ray.storage.parquet import read_table
 from distill_ray.targets.identity import CaptureIdentity
 from distill_ray.targets.index import INDEXED_AT, load_table, summaries_table, table_bytes, table_summaries
 from distill_ray.units import Units, hashes_of, places_in, texts
@@ -286,7 +286,7 @@ def units_of_lost_manifest(storage: Storage, entry: Mapping[str, Any], planned: 
 
 def _parse(data: bytes, where: str) -> RunManifest:
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = read_table(data)
         metadata = table.schema.metadata or {}
         version, identity = int(metadata[_VERSION]), json.loads(metadata[_IDENTITY])
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:

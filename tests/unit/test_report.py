@@ -252,6 +252,7 @@ class _Tags(HTMLParser):
 def test_report_html_is_self_contained_and_complete() -> None:
     report, history = _report({"kl_t1": 0.5, "acceptance": 2.0})
     page = render_html(report, history)
+    assert render_html(json.loads(to_bytes(report)), history) == page, "written anew, it must be the same"
     tags = _Tags()
     tags.feed(page)
     assert not tags.fetched
