@@ -150,8 +150,12 @@ class Beat:
             self._meter.post.remote(self._watch.read())
 
     def close(self) -> None:
-        """The last word; on return it has arrived, unless the actor is dead, which the driver tells."""
+        """The last word, as `deliver`."""
         self._over.set()
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Now; on return it has arrived, unless the actor is dead, which the driver tells."""
         if self._meter is not None:
             import ray
 
