@@ -156,7 +156,7 @@ class TargetRows:
     actual_logprob_N: np.ndarray
     """float32 log-probability of token t+1."""
     actual_rank_N: np.ndarray
-    """int32 rank of token t+1, 1 the most likely."""
+    """int32 rank of token t+1 among the ids that may be kept, 1 the most likely."""
     entropy_N: np.ndarray | None = None
     """float32 entropy in nats; None where the engine cannot give it."""
     log_tail_at: dict[float, np.ndarray] = field(default_factory=dict)

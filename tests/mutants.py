@@ -433,4 +433,18 @@ MUTANTS = (
         "return True",
         UNIT + "test_cases_models.py::test_29_beside_tokenizer_json_a_tekken_json_is_not_read",
     ),
+    Mutant(
+        "ids that no token has are kept by the reference",
+        "distill_ray/teacher/transformers_engine.py",
+        "_top_ids(logits_RV[:, :token_ids], top_k)",
+        "_top_ids(logits_RV, top_k)",
+        UNIT + "test_cases_models.py::test_30_rows_beyond_the_tokenizer_are_never_kept",
+    ),
+    Mutant(
+        "ids that no token has are kept inside vLLM's workers",
+        "distill_ray/teacher/tiles.py",
+        "top_k if c.kept else 0",
+        "top_k",
+        UNIT + "test_teacher_draws.py::test_ids_that_no_token_has_are_drawn_from_the_tail",
+    ),
 )

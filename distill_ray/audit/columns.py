@@ -79,6 +79,8 @@ def _rank_check(pair: Pair) -> Check:
     least_N = 1 + (again.logprobs_NK > actual_N1 + 2 * pair.slack).sum(axis=1)
     most_N = (again.logprobs_NK >= actual_N1 - 2 * pair.slack).sum(axis=1)
     open_N = most_N == again.logprobs_NK.shape[1]
+    if pair.stored.entropy_N is None:  # by vLLM's public path, which ranks among all ids
+        most_N += pair.vocab_size - pair.kept_below
     bad_N = (rank_N < least_N) | (~open_N & (rank_N > most_N))
     return Check(
         bad_N,

@@ -26,14 +26,16 @@ _FEW = 30.0
 
 
 def draw_checks(pair: Pair) -> list[Check]:
-    """Every drawn id has the log-probability that it gets when scored again; beyond rank R no more than the R-th."""
+    """Every drawn id has the log-probability that it gets when scored again; beyond rank R no more than the R-th, where
+    rows may keep it."""
     if pair.stored.draws is None:
         return []
     ids_NM, used_NM, logprobs_NM = _padded(pair.stored.draws)
     value_NM, found_NM = look_up(ids_NM, pair.again)
     stored = unrounded_log(logprobs_NM)
     other_NM = ~(stored.distance(value_NM, pair.slack) == 0)
-    bad_NM = used_NM & np.where(found_NM, other_NM, ~(stored.low <= value_NM + pair.slack))
+    above_NM = (ids_NM < pair.kept_below) & ~(stored.low <= value_NM + pair.slack)
+    bad_NM = used_NM & np.where(found_NM, other_NM, above_NM)
 
     def say(t: int) -> str:
         j = int(np.argmax(bad_NM[t]))

@@ -39,6 +39,8 @@ class Pair:
     again: TargetRows
     """R ids a row."""
     vocab_size: int
+    kept_below: int
+    """Ids from it on are in no row, whatever their log-probability."""
     slack: float
     """Nats on each log-probability."""
     value_NK: np.ndarray

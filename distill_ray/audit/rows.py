@@ -62,7 +62,8 @@ def compare_rows(
     value_NK, found_NK = look_up(decoded.ids_NK, again)
     kept_NR = look_up(again.ids_NK, decoded)[1]
     bounds = unrounded(stored.packed_NB, identity.top_k, identity.vocab_size)
-    pair = Pair(stored, decoded, bounds, again, identity.vocab_size, tolerance.logprob, value_NK, found_NK, kept_NR)
+    ids = (identity.vocab_size, identity.kept_below)
+    pair = Pair(stored, decoded, bounds, again, *ids, tolerance.logprob, value_NK, found_NK, kept_NR)
     beyond_N = _beyond(pair)
     moved_N = _moved_mass(pair)
     checks = [*_id_checks(pair), *_value_checks(pair), *column_checks(pair), *draw_checks(pair), _decoding_check(pair)]

@@ -64,6 +64,7 @@ def capture_identity(recipe: Recipe) -> CaptureIdentity:
         draws_from=recipe.capture.draws_from,
         draws_temperature=recipe.capture.draws_temperature,
         generate=None if writing is None else writing.to_json(),
+        token_ids=teacher.token_ids(folder, recipe.teacher.trust_remote_code),
     )
 
 

@@ -10,7 +10,14 @@ from distill_ray.corpus.reading import held_out, read_unit_sequences
 from distill_ray.corpus.refusals import Refusals
 from distill_ray.corpus.sample import Sample, sample_sources
 from distill_ray.corpus.shown import Seen, first_documents
-from distill_ray.corpus.tokenizers import load_tokenizer, same_tokenizer, stop_ids, tokenizer_identity
+from distill_ray.corpus.tokenizers import (
+    id_count,
+    load_tokenizer,
+    same_tokenizer,
+    stop_ids,
+    tokenizer_identity,
+    tokens_without_row,
+)
 from distill_ray.corpus.units import check_unit_bytes, known_units, most_unit_tokens, plan_units
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "check_unit_bytes",
     "first_documents",
     "held_out",
+    "id_count",
     "indexed_sources",
     "known_units",
     "load_tokenizer",
@@ -32,4 +40,5 @@ __all__ = [
     "sample_sources",
     "stop_ids",
     "tokenizer_identity",
+    "tokens_without_row",
 ]

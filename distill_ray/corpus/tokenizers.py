@@ -103,6 +103,38 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     return cast(list[list[int]], tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id that the tokenizer knows. Its length is less where ids were left out."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def tokens_without_row(tokenizer: PreTrainedTokenizerBase, rows: int, whose: str) -> list[str]:
+    """Tokens that an embedding of so many rows has none for, and that no text needs: special ones which neither open,
+    end nor pad a text nor stand in the chat template, such as Gemma 3's <image_soft_token> in its text models.
+
+    Args:
+        tokenizer: of the teacher.
+        rows: of the embedding.
+        whose: for the message, such as "the teacher's".
+
+    Raises:
+        UserError: there are others: embedding and tokenizer do not belong together.
+    """
+    beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= rows}
+    if not beyond:
+        return []
+    roles = (tokenizer.bos_token_id, tokenizer.pad_token_id, *stop_ids(tokenizer))
+    template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+    for id_, token in sorted(beyond.items()):
+        if id_ not in added or not added[id_].special or id_ in roles or token in template:
+            raise UserError(
+                f"the teacher's tokenizer has ids below {1 + max(beyond):,}, {whose} embedding {rows:,} rows: there is "
+                f"none for {len(beyond):,} id(s), the first in use {id_} ({token!r}); take models of one family, or "
+                "give the embedding these rows"
+            )
+    return [beyond[id_] for id_ in sorted(beyond)]
+
+
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What of the backend's JSON decides ids, in one canonical form.
 

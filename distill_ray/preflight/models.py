@@ -14,7 +14,7 @@ from distill_ray.preflight.weights import check_files, check_weights
 from distill_ray.storage import stage_folder
 from distill_ray.student.lora import check_targets
 from distill_ray.student.size import student_shell
-from distill_ray.teacher import resolve_dtype, writing_of
+from distill_ray.teacher import require_ids, resolve_dtype, writing_of
 
 
 def check_models(recipe: Recipe) -> list[Finding]:
@@ -36,18 +36,19 @@ def check_models(recipe: Recipe) -> list[Finding]:
             f'corpus.format = "messages", but the tokenizer of {model} has no chat template; '
             "use prompt_completion or an instruct teacher"
         )
-    if len(tokenizer) > shape.vocab_size:
-        raise UserError(
-            f"the teacher's tokenizer has {len(tokenizer):,} entries, its embedding {shape.vocab_size:,} rows; "
-            "they do not belong together"
-        )
+    unused = corpus.tokens_without_row(tokenizer, shape.vocab_size, "its")
+    ids = min(shape.vocab_size, corpus.id_count(tokenizer))
+    require_ids(recipe.capture, ids, model)
     unread = check_weights(model, trust, by_vllm=recipe.teacher.engine == "vllm")
-    fact = f"{shape.layers} layers, vocabulary {shape.vocab_size:,}, {dtype}"
+    beyond = f" ({shape.vocab_size - ids:,} of them no token's: never kept)" if ids < shape.vocab_size else ""
+    fact = f"{shape.layers} layers, vocabulary {shape.vocab_size:,}{beyond}, {dtype}"
+    if unused:
+        fact += f"; no row for {', '.join(unused)}: a text with it is refused"
     return [Finding("teacher", fact + _unread(unread)), check_student(recipe, shape, tokenizer)]
 
 
 def check_teacher(recipe: Recipe, shape: ModelShape) -> None:
-    """Raises UserError where the recipe asks for a split, a window or ids that the teacher does not have."""
+    """Raises UserError where the recipe asks for a split or a window that the teacher does not have."""
     teacher, heads, layers = recipe.teacher, shape.heads, shape.layers
     # Key-value heads are shared out among the ranks, or each is copied to several.
     splits = [d for d in range(1, heads + 1) if heads % d == 0 and (shape.kv_heads % d == 0 or d % shape.kv_heads == 0)]
@@ -62,15 +63,6 @@ def check_teacher(recipe: Recipe, shape: ModelShape) -> None:
         raise UserError(
             f"the teacher's vocabulary has {shape.vocab_size:,} rows, and codec v1 stores ids below {MAX_VOCAB:,}; "
             "use another teacher"
-        )
-    if recipe.capture.top_k > shape.vocab_size:
-        raise UserError(
-            f"capture.top_k={recipe.capture.top_k} exceeds the vocabulary of {shape.vocab_size:,}; lower top_k"
-        )
-    if recipe.capture.draws_from == "tail" and recipe.capture.top_k == shape.vocab_size:
-        raise UserError(
-            f'capture.draws_from="tail", but capture.top_k={recipe.capture.top_k} keeps the whole vocabulary and '
-            "leaves nothing to draw from; lower top_k"
         )
     longest = shape.context
     if longest and recipe.corpus.window_tokens >= longest:
@@ -112,11 +104,7 @@ def _given(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Finding:
         check_files(origin)
     shape = model_shape(folder, trust)
     _require_plain(origin, "the student")
-    if shape.vocab_size < len(tokenizer):
-        raise UserError(
-            f"the student {origin} has a vocabulary of {shape.vocab_size:,} rows, the teacher's tokenizer "
-            f"{len(tokenizer):,} entries; a student needs the teacher's tokenizer: choose one of the same family"
-        )
+    corpus.tokens_without_row(tokenizer, shape.vocab_size, f"the student {origin}'s")
     if recipe.loss.needs_draws and shape.vocab_size < teacher.vocab_size:
         # Rows beyond the tokenizer are of small probability each, and over a corpus one of them is drawn.
         raise UserError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from distill_ray.causal_lm import load_causal_lm
 from distill_ray.config import Recipe
-from distill_ray.corpus import load_tokenizer
+from distill_ray.corpus import load_tokenizer, tokens_without_row
 from distill_ray.errors import UserError
 from distill_ray.model_config import attention_implementation
 from distill_ray.storage import stage_folder
@@ -51,7 +51,8 @@ def build_initial(
     else:
         assert section.config is not None
         model = _random(stage_folder(section.config), dtype, recipe.train.seed, trust)
-    _check_rows(model, len(load_tokenizer(teacher_folder, trust)))
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    tokens_without_row(load_tokenizer(teacher_folder, trust), rows, "the student's")
     dropped = remove_dropout(model)
     if dropped:
         say(f"dropout is off ({', '.join(dropped)} in the student's configuration): the targets are deterministic")
@@ -139,12 +140,3 @@ def _layer_prefix(model: PreTrainedModel, depth: int) -> str:
             f"{depth} modules); cut the model yourself and give its folder as student.model"
         )
     return outer[0]
-
-
-def _check_rows(model: PreTrainedModel, vocab_size: int) -> None:
-    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    if rows < vocab_size:
-        raise UserError(
-            f"the student has {rows} embedding rows, but the teacher's tokenizer has {vocab_size} tokens: the "
-            "vocabularies differ; use a student of the same tokenizer (more, padded rows are fine)"
-        )

@@ -56,6 +56,7 @@ def check_draws(identity: CaptureIdentity, rows: TargetRows) -> None:
         *flat_rows(rows.logprobs_NK.astype(np.float32, copy=False)),
         identity.top_k,
         identity.vocab_size,
+        identity.kept_below,
         identity.draws,
         identity.draws_from == "tail",
         np.float32(TOLERANCE),
@@ -104,7 +105,7 @@ def _fault(identity: CaptureIdentity, rows: TargetRows, draws: Draws, row: int, 
             return f"id {id_} was drawn from the tail, but is kept at rank {at[-1] + 1}"
         if len(at) and not abs(max(logprob, LOG_FLOOR) - logprobs_K[at[-1]]) <= TOLERANCE:
             return f"drawn id {id_} has logprob {logprob:.4f}, but is kept with {logprobs_K[at[-1]]:.4f}"
-        if not len(at) and max(logprob, LOG_FLOOR) > logprobs_K[-1] + TOLERANCE:
+        if not len(at) and id_ < identity.kept_below and max(logprob, LOG_FLOOR) > logprobs_K[-1] + TOLERANCE:
             return (
                 f"drawn id {id_} is not kept, but its logprob {logprob:.4f} is above the last kept {logprobs_K[-1]:.4f}"
             )

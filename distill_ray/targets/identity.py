@@ -19,7 +19,7 @@ class CaptureIdentity:
     tokenizer: str
     """Hash over the tokenizer's ids, rules and chat template."""
     vocab_size: int
-    """Real vocabulary V, without padded embedding rows."""
+    """V, the ids that the softmax runs over."""
     top_k: int
     """Kept tokens per row, K."""
     temperatures: tuple[float, ...]
@@ -34,17 +34,26 @@ class CaptureIdentity:
     """Drawn at; one of `temperatures`."""
     generate: Mapping[str, Any] | None = None
     """How the teacher answered prompts, with its end tokens: plain JSON values. None where it read the corpus."""
+    token_ids: int | None = None
+    """Ids from it on are the teacher's and not its tokenizer's, and are never kept; None, and V: there are none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher", dict(self.teacher))
         if self.generate is not None:
             object.__setattr__(self, "generate", dict(self.generate))
+        if self.token_ids == self.vocab_size:
+            object.__setattr__(self, "token_ids", None)
         object.__setattr__(self, "temperatures", tuple(sorted({1.0, *map(float, self.temperatures)})))
 
     @property
     def extra_temperatures(self) -> tuple[float, ...]:
         """The temperatures other than 1, ascending; each has its own log-tail column."""
         return tuple(t for t in self.temperatures if t != 1.0)
+
+    @property
+    def kept_below(self) -> int:
+        """Ids from it on are never kept; V where all may be."""
+        return self.vocab_size if self.token_ids is None else self.token_ids
 
     @property
     def fingerprint(self) -> str:
@@ -54,9 +63,9 @@ class CaptureIdentity:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same identity back."""
         found = asdict(self) | {"temperatures": list(self.temperatures)}
-        # Without draws and completions as before there were any, so that the fingerprints of such captures still stand.
+        # What a capture has none of is left out, so that fingerprints from before there was such a thing still stand.
         kept = found if self.draws else {k: v for k, v in found.items() if not k.startswith("draws")}
-        return kept if self.generate is not None else {k: v for k, v in kept.items() if k != "generate"}
+        return {k: v for k, v in kept.items() if v is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CaptureIdentity:

@@ -77,12 +77,12 @@ def _read_only(kind):
     (
         *(_read_only(types.int32), _read_only(types.int32), _read_only(types.float32), _read_only(types.int64)),
         *(_read_only(types.int32), types.intp, _read_only(types.float32), types.intp, types.intp),
-        *(types.intp, types.intp, types.boolean, types.float32, types.float32),
+        *(types.intp, types.intp, types.intp, types.boolean, types.float32, types.float32),
     )
 )
 def first_unsound_draws(
-    drawn, counts, drawn_logprobs, offsets, ids, id_stride, logprobs, stride, k, vocab, draws, tail_only, tolerance,
-    floor,
+    drawn, counts, drawn_logprobs, offsets, ids, id_stride, logprobs, stride, k, vocab, kept_below, draws, tail_only,
+    tolerance, floor,
 ):  # fmt: skip
     """The first row whose draws cannot be what the teacher drew, −1 if none; `validate` says why.
 
@@ -97,6 +97,7 @@ def first_unsound_draws(
         stride: items.
         k: kept tokens.
         vocab: V.
+        kept_below: ids from it on are never kept, however likely.
         draws: that a row's counts sum to, unless it has none.
         tail_only: none may be among the kept.
         tolerance: of log-probabilities, nats.
@@ -118,7 +119,7 @@ def first_unsound_draws(
                 at = i if ids_K[i] == id_ else at
             logprob = max(logprob, floor)
             if at < 0:
-                if logprob > least + tolerance:
+                if id_ < kept_below and logprob > least + tolerance:
                     return t
             elif tail_only or not abs(logprob - max(logprobs[t * stride + at], floor)) <= tolerance:
                 return t

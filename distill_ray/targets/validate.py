@@ -65,6 +65,11 @@ def _check_kept(identity: CaptureIdentity, tokens: np.ndarray, rows: TargetRows)
     kept_N = np.empty(len(rows.ids_NK))
     if len(kept_N) == 0:
         return kept_N
+    if identity.token_ids is not None:
+        _refuse(
+            rows.ids_NK.max(axis=1) >= identity.token_ids,
+            lambda t: f"id {rows.ids_NK[t].max()} is kept, and the tokenizer has ids below {identity.token_ids} only",
+        )
     sound = kernels.rows_are_sound(
         *flat_rows(rows.ids_NK.astype(np.int32, copy=False)),
         *flat_rows(rows.logprobs_NK.astype(np.float32, copy=False)),

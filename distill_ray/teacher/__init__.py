@@ -4,7 +4,15 @@
 Importing this package imports neither torch nor vllm.
 """
 
-from distill_ray.teacher.engine import CapturePath, Engine, open_engine, resolve_dtype, vocabulary_size
+from distill_ray.teacher.engine import (
+    CapturePath,
+    Engine,
+    open_engine,
+    require_ids,
+    resolve_dtype,
+    token_ids,
+    vocabulary_size,
+)
 from distill_ray.teacher.generation import Answer, writing_of
 from distill_ray.teacher.placement import actor_resources, needed_resources
 from distill_ray.teacher.weights import weights_identity
@@ -16,7 +24,9 @@ __all__ = [
     "actor_resources",
     "needed_resources",
     "open_engine",
+    "require_ids",
     "resolve_dtype",
+    "token_ids",
     "vocabulary_size",
     "weights_identity",
     "writing_of",

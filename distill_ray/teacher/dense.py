@@ -14,7 +14,11 @@ _BLOCK = 2**24
 
 
 def rows_from_dense(
-    logprobs_NV: np.ndarray, tokens: np.ndarray, kept: int, temperatures: tuple[float, ...]
+    logprobs_NV: np.ndarray,
+    tokens: np.ndarray,
+    kept: int,
+    temperatures: tuple[float, ...],
+    token_ids: int | None = None,
 ) -> TargetRows:
     """Everything a row holds.
 
@@ -23,25 +27,30 @@ def rows_from_dense(
         tokens: [N + 1] the sequence.
         kept: R.
         temperatures: the T ≠ 1 whose log tail mass outside the R is wanted.
+        token_ids: only ids below it are kept, and ranked; None: any.
     """
     n, vocab = logprobs_NV.shape
     step = max(1, _BLOCK // vocab)
     parts = [
-        _block(logprobs_NV[a : a + step].astype(np.float64), tokens[1 + a : 1 + a + step], kept, temperatures)
+        _block(
+            logprobs_NV[a : a + step].astype(np.float64), tokens[1 + a : 1 + a + step], kept, temperatures, token_ids
+        )
         for a in range(0, n, step)
     ]
     return TargetRows.joined(parts)
 
 
-def _block(logprobs_NV: np.ndarray, next_N: np.ndarray, kept: int, temperatures: tuple[float, ...]) -> TargetRows:
-    ids_NR = np.argpartition(-logprobs_NV, kept - 1, axis=1)[:, :kept]
+def _block(
+    logprobs_NV: np.ndarray, next_N: np.ndarray, kept: int, temperatures: tuple[float, ...], token_ids: int | None
+) -> TargetRows:
+    ids_NR = np.argpartition(-logprobs_NV[:, :token_ids], kept - 1, axis=1)[:, :kept]
     values_NR = np.take_along_axis(logprobs_NV, ids_NR, 1)
     order_NR = np.lexsort((ids_NR, -values_NR), axis=1)
     ids_NR, values_NR = (np.take_along_axis(a, order_NR, 1) for a in (ids_NR, values_NR))
     actual_N1 = np.take_along_axis(logprobs_NV, next_N[:, None].astype(np.int64), 1)
     p_NV = np.exp(logprobs_NV)
     entropy_N = -(p_NV * np.where(p_NV > 0, logprobs_NV, 0.0)).sum(axis=1)
-    rank_N = 1 + (logprobs_NV > actual_N1).sum(axis=1)
+    rank_N = 1 + (logprobs_NV[:, :token_ids] > actual_N1).sum(axis=1)
     rest_NV = logprobs_NV.copy()
     np.put_along_axis(rest_NV, ids_NR, -np.inf, 1)
     return TargetRows(

@@ -86,7 +86,7 @@ def draw_words(
         shards: of all ranks, in ascending order of their ids.
         found: `candidates(shards)`.
         own: those of them that lie here; their tiles are written to.
-        top_logprob_R: float32 log-probability of the likeliest token at T = 1.
+        top_logprob_R: float32 log-probability of the likeliest kept token at T = 1.
         temperatures: the T ≠ 1 that the shards hold sums at.
         combine: sums over ranks; every rank must call this function.
 
@@ -107,7 +107,12 @@ def draw_words(
 
 
 def draw_from_logits(
-    spec: DrawSpec, logits_RV: torch.Tensor, top_k: int, keys_R: torch.Tensor, top_logprob_R: torch.Tensor
+    spec: DrawSpec,
+    logits_RV: torch.Tensor,
+    top_k: int,
+    keys_R: torch.Tensor,
+    top_logprob_R: torch.Tensor,
+    token_ids: int | None = None,
 ) -> torch.Tensor:
     """`draw_words` of whole rows of logits, which are overwritten.
 
@@ -116,12 +121,19 @@ def draw_from_logits(
         logits_RV: [R, V].
         top_k: K.
         keys_R: int64 seeds.
-        top_logprob_R: float32 log-probability of the likeliest token at T = 1.
+        top_logprob_R: float32 log-probability of the likeliest kept token at T = 1.
+        token_ids: only ids below it are kept; None: any.
     """
     temperatures = () if spec.temperature == 1 else (spec.temperature,)
-    rows = reduce_tile(logits_RV, 0, torch.zeros_like(top_logprob_R), top_k, temperatures)
-    own, found = OwnShard(0, logits_RV, 0, rows), candidates([rows])
-    return draw_words(spec, keys_R, [rows], found, [own], top_logprob_R, temperatures, lambda words: words)
+    own = list[OwnShard]()
+    for tile_RW, k in ((logits_RV[:, :token_ids], top_k), (logits_RV[:, token_ids or logits_RV.shape[1] :], 0)):
+        if tile_RW.shape[1]:
+            first_id = logits_RV.shape[1] - tile_RW.shape[1] if own else 0
+            rows = reduce_tile(tile_RW, first_id, torch.zeros_like(top_logprob_R), k, temperatures)
+            own.append(OwnShard(len(own), tile_RW, first_id, rows))
+    shards = [shard.rows for shard in own]
+    found = candidates(shards)
+    return draw_words(spec, keys_R, shards, found, own, top_logprob_R, temperatures, lambda words: words)
 
 
 @dataclass(frozen=True)

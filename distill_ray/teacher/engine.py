@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
+from distill_ray.corpus import id_count, load_tokenizer
 from distill_ray.errors import UserError
 from distill_ray.model_config import read_config, stated_dtype
 from distill_ray.schema import TargetRows
@@ -96,24 +97,29 @@ def open_engine(
 
     folder = stage_folder(section.model)
     section = resolve_dtype(section, folder)
-    vocab = vocabulary_size(folder)
-    if capture.top_k > vocab:
-        raise UserError(
-            f"capture.top_k={capture.top_k} exceeds the teacher's vocabulary of {vocab} tokens ({section.model}); "
-            f"use at most {vocab}"
-        )
-    if capture.draws_from == "tail" and capture.top_k == vocab:
-        raise UserError(
-            f'capture.draws_from="tail", but capture.top_k={capture.top_k} keeps all {vocab} tokens of the teacher and '
-            "leaves nothing to draw from; lower capture.top_k or remove the draws"
-        )
+    vocab, ids = vocabulary_size(folder), token_ids(folder, section.trust_remote_code)
+    require_ids(capture, ids, section.model)
     if section.engine == "vllm":
         from distill_ray.teacher.vllm_engine import VllmEngine
 
-        return VllmEngine(section, capture, window_tokens, folder, vocab, path)
+        return VllmEngine(section, capture, window_tokens, folder, vocab, path, token_ids=ids)
     from distill_ray.teacher.transformers_engine import TransformersEngine
 
-    return TransformersEngine(section, capture, window_tokens, folder, vocab)
+    return TransformersEngine(section, capture, window_tokens, folder, vocab, ids)
+
+
+def require_ids(capture: CaptureSection, ids: int, model: str) -> None:
+    """Raises UserError where the teacher has too few `token_ids` for what a row is to hold."""
+    if capture.top_k > ids:
+        raise UserError(
+            f"capture.top_k={capture.top_k} exceeds the teacher's vocabulary of {ids:,} tokens ({model}); use at most "
+            f"{ids}"
+        )
+    if capture.draws_from == "tail" and capture.top_k == ids:
+        raise UserError(
+            f'capture.draws_from="tail", but capture.top_k={capture.top_k} keeps all {ids:,} tokens of the teacher and '
+            "leaves nothing to draw from; lower capture.top_k or remove the draws"
+        )
 
 
 def resolve_dtype(section: TeacherSection, folder: Path) -> TeacherSection:
@@ -142,8 +148,8 @@ def vocabulary_size(folder: Path) -> int:
 
     This is what the model's softmax runs over. A config may state more rows than the tokenizer has entries (Qwen2.5:
     151,665 entries, 151,936 or 152,064 rows): those rows are trained like the others and the model does give them
-    probability, so they stay in the softmax, and their mass lies in the tail. Rows that an engine adds beyond the
-    config, to round up a shard, are not of the model and must never be seen.
+    probability, so they stay in the softmax, and their mass lies in the tail (`token_ids`). Rows that an engine adds
+    beyond the config, to round up a shard, are not of the model and must never be seen.
 
     Raises:
         UserError: no `config.json`, or it states no vocabulary.
@@ -155,6 +161,18 @@ def vocabulary_size(folder: Path) -> int:
             f"{folder}/config.json states no usable vocab_size (got {size!r}); it must be a causal language model"
         )
     return size
+
+
+def token_ids(folder: Path, trust_remote_code: bool) -> int:
+    """Ids below it are the tokenizer's, at most V; those alone are kept.
+
+    What an embedding has beyond them was never trained, or down to nothing. Where it was left random, it does get among
+    the likeliest, and a student whose embedding ends earlier could not be taught by such a row.
+
+    Raises:
+        UserError: as `vocabulary_size`; the folder has no tokenizer.
+    """
+    return min(vocabulary_size(folder), id_count(load_tokenizer(folder, trust_remote_code)))
 
 
 def refusal(tokens: np.ndarray, vocab_size: int, window_tokens: int, least: int = 2) -> str | None:

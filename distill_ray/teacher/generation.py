@@ -12,7 +12,7 @@ import numpy as np
 
 from distill_ray.config.generate import GenerateSection
 from distill_ray.config.sections import CaptureSection
-from distill_ray.corpus import load_tokenizer, stop_ids
+from distill_ray.corpus import id_count, load_tokenizer, stop_ids
 from distill_ray.errors import UserError
 from distill_ray.schema import TargetRows
 
@@ -28,6 +28,20 @@ class Writing:
     ends: tuple[int, ...]
     """Ids at which the model stops by itself, ascending."""
     tokenizer: Any
+    token_ids: int
+    """Ids below it are the tokenizer's."""
+
+    def refusal(self, prompt: int, sample: int, written: Completion) -> str | None:
+        """Why a completion is dropped, or None."""
+        which, ids = f"prompt {prompt}, completion {sample}", self.token_ids
+        if written.finish == "length" and self.generate.unfinished == "drop":
+            return (
+                f"{which}: not finished after capture.generate.max_tokens={self.generate.max_tokens}, and "
+                'unfinished = "drop"; raise max_tokens'
+            )
+        if (strange := written.tokens[written.tokens >= ids]).size:
+            return f"{which}: the teacher wrote id {strange[0]}, its tokenizer has ids below {ids:,} only"
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """What decides which completions come out, as plain values."""
@@ -48,7 +62,7 @@ def writing_of(capture: CaptureSection, folder: Path, trust_remote_code: bool) -
             f'capture.mode = "generate", but neither the tokenizer nor generation_config.json nor config.json in '
             f"{folder} states an eos token, so no completion would end; state eos_token_id there"
         )
-    return Writing(capture.generate, tuple(sorted(ends)), tokenizer)
+    return Writing(capture.generate, tuple(sorted(ends)), tokenizer, id_count(tokenizer))
 
 
 @dataclass(frozen=True)
@@ -82,14 +96,6 @@ def sample_seed(generate: GenerateSection, prompt: np.ndarray, sample: int) -> i
     h = hashlib.blake2b(prompt.astype("<i4").tobytes(), digest_size=8)
     h.update(f"/{generate.seed}/{sample}".encode())
     return int.from_bytes(h.digest(), "big") >> (64 - _SEED_BITS)
-
-
-def cut(prompt: int, sample: int, generate: GenerateSection) -> str:
-    """Why an unfinished completion is dropped."""
-    return (
-        f"prompt {prompt}, completion {sample}: not finished after capture.generate.max_tokens={generate.max_tokens}, "
-        'and unfinished = "drop"; raise max_tokens'
-    )
 
 
 def joined(prompt: np.ndarray, completion: Completion) -> np.ndarray:

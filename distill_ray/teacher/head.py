@@ -28,22 +28,31 @@ class Columns:
     start: int
     stop: int
     first_id: int
+    kept: bool = True
+    """Whether these ids may be among the K of a row."""
 
 
-def shard_columns(indices: Any, vocab_size: int) -> list[Columns]:
+def shard_columns(indices: Any, vocab_size: int, token_ids: int) -> list[Columns]:
     """Where the real ids of one shard lie: first its part of the base vocabulary, then of the added one.
 
-    Each part is padded on its own in vLLM's layout, and ids from `vocab_size` on are not of the model.
+    Each part is padded on its own in vLLM's layout, and ids from `vocab_size` on are not of the model. Where the model
+    has ids that its tokenizer lacks, both parts end before these, and what they have of them follows.
 
     Args:
         indices: vLLM's `VocabParallelEmbeddingShardIndices` of this rank.
         vocab_size: V.
+        token_ids: ids below it are the tokenizer's; at most V.
     """
     parts = (
         (0, indices.org_vocab_start_index, indices.org_vocab_end_index),
         (indices.num_org_elements_padded, indices.added_vocab_start_index, indices.added_vocab_end_index),
     )
-    return [Columns(at, at + max(0, min(stop, vocab_size) - start), start) for at, start, stop in parts]
+    kept = [Columns(at, at + max(0, min(stop, token_ids) - start), start) for at, start, stop in parts]
+    if token_ids == vocab_size:
+        return kept
+    ends = [at + max(0, min(stop, vocab_size) - start) for at, start, stop in parts]
+    rows = [Columns(c.stop, end, c.first_id + c.stop - c.start, kept=False) for c, end in zip(kept, ends, strict=True)]
+    return kept + rows
 
 
 class ShardHead:
@@ -54,7 +63,9 @@ class ShardHead:
             changes its logits afterwards in a way that does not act on a shard alone.
     """
 
-    def __init__(self, model: Any, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, vocab_size: int, token_ids: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
         found = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
@@ -72,8 +83,9 @@ class ShardHead:
         narrowest = min(found[0].org_vocab_size, self._lm_head.num_embeddings)
         if narrowest < vocab_size:
             raise UnknownEngineError(f"the head gives {narrowest} ids, the model's config states {vocab_size}")
-        parts = 1 if vocab_size <= self._lm_head.org_vocab_size else 2  # as many on every rank
-        self.columns = shard_columns(self._lm_head.shard_indices, vocab_size)[:parts]
+        columns = shard_columns(self._lm_head.shard_indices, vocab_size, token_ids)
+        # As many on every rank, so it goes by what none of them has.
+        self.columns = columns if vocab_size > self._lm_head.org_vocab_size else columns[::2]
         self.width: int = own_RW.shape[1]
         self.tp_size: int = self._lm_head.tp_size
         self.dtype, self.device = own_RW.dtype, own_RW.device

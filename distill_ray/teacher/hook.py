@@ -59,7 +59,7 @@ class CaptureWorker:
     @_as_value
     @torch.inference_mode()
     def capture_install(
-        self, top_k: int, temperatures: list[float], vocab_size: int, draws: list[Any] | None = None
+        self, top_k: int, temperatures: list[float], vocab_size: int, token_ids: int, draws: list[Any] | None = None
     ) -> str:
         """Make this worker's model runner capture target rows.
 
@@ -67,6 +67,7 @@ class CaptureWorker:
             top_k: K.
             temperatures: the T ≠ 1.
             vocab_size: V of the model's config.
+            token_ids: ids below it may be kept.
             draws: the fields of `DrawSpec`, or None.
 
         Returns:
@@ -84,7 +85,8 @@ class CaptureWorker:
         keep, store = group.is_first_rank, RowStore()
         try:
             config = runner.model_config
-            head = ShardHead(runner.model, vocab_size, config.get_hidden_size(), config.dtype, runner.device)
+            size = config.get_hidden_size()
+            head = ShardHead(runner.model, vocab_size, token_ids, size, config.dtype, runner.device)
             drawn = None if draws is None else DrawSpec(*draws)
             reducer = TileReducer(head, group, top_k, tuple(temperatures), drawn)
             # A rank that gave up its step would leave the others waiting for its part: there the engine has to end.

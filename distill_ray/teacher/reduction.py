@@ -34,7 +34,7 @@ class ShardRows:
     ids_RK: torch.Tensor
     """int32 ids in the whole vocabulary."""
     greater_R: torch.Tensor
-    """int32 number of columns whose logit is strictly greater than the actual token's."""
+    """int32 number of columns that may be kept and whose logit is strictly greater than the actual token's."""
     rest_max_R: torch.Tensor
     """float32 greatest logit m of the rest; −inf where there is none."""
     rest_sum_RS: torch.Tensor
@@ -52,13 +52,14 @@ def reduce_tile(
         logits_RW: [R, W] float32, bfloat16 or float16; never copied to float32 as a whole.
         first_id: id of column 0.
         actual_R: [R] float32 logit of the actual next token, whichever shard it lies in.
-        top_k: K.
+        top_k: K; 0 where none of these ids may be kept.
         temperatures: the T ≠ 1.
     """
     width = logits_RW.shape[1]
     if not width:
         return _nothing(len(logits_RW), top_k, 1 + len(temperatures), logits_RW.device)
-    if kernel := _kernel(logits_RW.device.type, logits_RW.dtype, width >= _LEAST_RUN * top_k):
+    kernel = _kernel(logits_RW.device.type, logits_RW.dtype, width >= _LEAST_RUN * top_k) if top_k else None
+    if kernel is not None:
         values_RK, ids_RK, *others = kernel(logits_RW, actual_R, top_k, temperatures)
         return ShardRows(values_RK, ids_RK.add_(first_id), *others)
     return reduce_by_torch(logits_RW, first_id, actual_R, top_k, temperatures)
@@ -71,7 +72,8 @@ def reduce_by_torch(
     kept = min(top_k, width)
     ids_RK = top_ids(logits_RW, kept)
     values_RK = logits_RW.gather(1, ids_RK).float()
-    greater_R = (logits_RW > actual_R[:, None].to(logits_RW.dtype)).sum(-1, dtype=torch.int32)
+    rivals_RW = logits_RW if top_k else logits_RW[:, :0]
+    greater_R = (rivals_RW > actual_R[:, None].to(logits_RW.dtype)).sum(-1, dtype=torch.int32)
     logits_RW.scatter_(1, ids_RK, -_INF)
     step = max(1, _BLOCK_BYTES // (4 * width))
     parts = [_rest(block.float(), temperatures) for block in logits_RW.split(step)]
@@ -127,6 +129,8 @@ def top_ids(logits_RW: torch.Tensor, top_k: int) -> torch.Tensor:
 
     `torch.topk` may keep any of the columns that tie at the K-th place, and in bfloat16 most rows have such ties.
     """
+    if not top_k:
+        return torch.empty(len(logits_RW), 0, dtype=torch.long, device=logits_RW.device)
     values, ids = torch.topk(logits_RW, top_k, dim=-1)
     threshold_R1 = values[:, -1:]
     tied = ((logits_RW >= threshold_R1).sum(-1) > top_k).nonzero()[:, 0]
@@ -159,11 +163,11 @@ def candidates(shards: list[ShardRows]) -> Candidates:
     """All shards' best, put in order.
 
     Args:
-        shards: in ascending order of their ids, which breaks ties.
+        shards: in ascending order of their ids, which breaks ties; those reduced with top_k = 0 are the last.
     """
     values_RC = torch.cat([s.values_RK for s in shards], 1)
     ids_RC = torch.cat([s.ids_RK for s in shards], 1)
-    if len(shards) == 1:
+    if values_RC.shape[1] == shards[0].values_RK.shape[1]:
         return Candidates(values_RC, ids_RC, torch.zeros_like(ids_RC, dtype=torch.long))
     order = values_RC.sort(dim=-1, descending=True, stable=True).indices
     return Candidates(values_RC.gather(1, order), ids_RC.gather(1, order), order // shards[0].values_RK.shape[1])
@@ -232,8 +236,8 @@ def to_words(shard: ShardRows) -> torch.Tensor:
 
 def from_words(words: torch.Tensor, top_k: int) -> ShardRows:
     """The inverse of `to_words`."""
-    floats = words.contiguous().view(torch.float32)
-    at = 2 * top_k
+    words = words.contiguous()
+    floats, at = words.view(torch.float32), 2 * top_k
     return ShardRows(
         values_RK=floats[:, top_k:at],
         ids_RK=words[:, :top_k],

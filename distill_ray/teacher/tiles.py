@@ -46,6 +46,7 @@ class TileReducer:
     ) -> None:
         self._head, self._group = head, group
         self._top_k, self._temperatures, self._draws = top_k, temperatures, draws
+        self._kept = [top_k if c.kept else 0 for c in head.columns]
         most = _TILE_BYTES.get(head.device.type, _TILE_BYTES["cpu"])
         # As many rows on every rank: shards are padded to one width.
         self._rows = max(1, most // (head.width * head.dtype.itemsize))
@@ -84,8 +85,8 @@ class TileReducer:
     def _tile(self, logits_RW: torch.Tensor, actual_R: torch.Tensor, keys_R: torch.Tensor | None) -> torch.Tensor:
         logit_R = self._actual_logit(logits_RW, actual_R)
         own = shards = [
-            reduce_tile(logits_RW[:, c.start : c.stop], c.first_id, logit_R, self._top_k, self._temperatures)
-            for c in self._head.columns
+            reduce_tile(logits_RW[:, c.start : c.stop], c.first_id, logit_R, k, self._temperatures)
+            for c, k in zip(self._head.columns, self._kept, strict=True)
         ]
         if self._head.tp_size > 1:
             shards = self._gathered(shards)
@@ -137,7 +138,8 @@ class TileReducer:
         return own_R
 
     def _gathered(self, shards: list[ShardRows]) -> list[ShardRows]:
-        """The shards of all ranks, in ascending order of ids: all base vocabularies, then all added ones."""
-        own = torch.stack([to_words(s) for s in shards])
-        parts = self._of_ranks(own)
-        return [from_words(parts[rank, i], self._top_k) for i in range(len(shards)) for rank in range(len(parts))]
+        """The shards of all ranks, in ascending order of ids: base vocabularies, added ones, what is never kept."""
+        own = [to_words(s) for s in shards]
+        ranks = self._of_ranks(torch.cat(own, 1))
+        parts = ranks.split([words.shape[1] for words in own], dim=2)
+        return [from_words(one, k) for part, k in zip(parts, self._kept, strict=True) for one in part]

@@ -21,7 +21,7 @@ from distill_ray.schema import Draws, TargetRows
 from distill_ray.teacher.dense import rows_from_dense
 from distill_ray.teacher.draws import DrawSpec, draw_from_logits
 from distill_ray.teacher.engine import finite_or_reason, ids_again, refusal
-from distill_ray.teacher.generation import Answer, Completion, answers, cut, joined, writing_of
+from distill_ray.teacher.generation import Answer, Completion, answers, joined, writing_of
 from distill_ray.teacher.seeds import row_keys, sequence_hash
 from distill_ray.teacher.transformers_generation import write_completion
 from distill_ray.teacher.wire import draws_from_words
@@ -38,7 +38,13 @@ class TransformersEngine:
     notes: tuple[str, ...] = ()
 
     def __init__(
-        self, section: TeacherSection, capture: CaptureSection, window_tokens: int, folder: Path, vocab_size: int
+        self,
+        section: TeacherSection,
+        capture: CaptureSection,
+        window_tokens: int,
+        folder: Path,
+        vocab_size: int,
+        token_ids: int | None = None,
     ) -> None:
         from transformers import __version__
 
@@ -50,7 +56,7 @@ class TransformersEngine:
         self._top_k, self._temperatures = capture.top_k, capture.extra_temperatures
         self._draws = DrawSpec.of(capture)
         self._writing = writing_of(capture, folder, section.trust_remote_code)
-        self._window, self._vocab = window_tokens, vocab_size
+        self._window, self._vocab, self._token_ids = window_tokens, vocab_size, token_ids or vocab_size
         self._device = torch.device("cuda" if section.use_gpu else "cpu")
         if not section.use_gpu:
             # Ray sets OMP_NUM_THREADS from num_cpus, a share that serves placement only.
@@ -66,12 +72,11 @@ class TransformersEngine:
         return [refusal(s, self._vocab, self._window) or finite_or_reason(self._score_one(s)) for s in sequences]
 
     def score_again(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
-        kept = ids_again(self._top_k, self._vocab)
-        dense = (refusal(s, self._vocab, self._window) or self.dense_logprobs(s) for s in sequences)
-        return [
-            d if isinstance(d, str) else finite_or_reason(rows_from_dense(d, s, kept, self._temperatures))
-            for s, d in zip(sequences, dense, strict=True)
-        ]
+        return [refusal(s, self._vocab, self._window) or finite_or_reason(self._dense_rows(s)) for s in sequences]
+
+    def _dense_rows(self, tokens: np.ndarray) -> TargetRows:
+        kept = ids_again(self._top_k, self._token_ids)
+        return rows_from_dense(self.dense_logprobs(tokens), tokens, kept, self._temperatures, self._token_ids)
 
     def answer(self, prompts: list[np.ndarray]) -> list[list[Answer | str]]:
         if self._writing is None:
@@ -89,8 +94,7 @@ class TransformersEngine:
         found: list[Completion | str] = []
         for sample in range(generate.samples):
             one = write_completion(self._model, self._vocab, self._writing, prompt, sample, self._device)
-            dropped = one.finish == "length" and generate.unfinished == "drop"
-            found.append(cut(number, sample, generate) if dropped else one)
+            found.append(self._writing.refusal(number, sample, one) or one)
         return found
 
     def dense_logprobs(self, tokens: np.ndarray) -> np.ndarray:
@@ -117,7 +121,8 @@ class TransformersEngine:
             for logits in self._logits(tokens, _LOGIT_BYTES):
                 for block in logits.split(step):
                     z_RV = block.float()
-                    rows = rows_from_logits(z_RV, actual[done : done + len(z_RV)], self._top_k, self._temperatures)
+                    actual_R = actual[done : done + len(z_RV)]
+                    rows = rows_from_logits(z_RV, actual_R, self._top_k, self._temperatures, self._token_ids)
                     if self._draws is not None:
                         keys_R = row_keys(sequence_hash(tokens), done, len(z_RV))
                         rows = replace(rows, draws=self._drawn(self._draws, z_RV, keys_R, rows.logprobs_NK[:, 0]))
@@ -128,7 +133,8 @@ class TransformersEngine:
     def _drawn(self, spec: DrawSpec, z_RV: torch.Tensor, keys_R: np.ndarray, top_logprob_R: np.ndarray) -> Draws:
         """By the same code as in vLLM's workers: equal logits give equal draws. `z_RV` is overwritten."""
         on_device = (torch.from_numpy(x).to(self._device) for x in (keys_R, top_logprob_R))
-        return draws_from_words(draw_from_logits(spec, z_RV, self._top_k, *on_device).cpu().numpy())
+        words = draw_from_logits(spec, z_RV, self._top_k, *on_device, token_ids=self._token_ids)
+        return draws_from_words(words.cpu().numpy())
 
     def _logits(self, tokens: np.ndarray, most_bytes: int):
         """Yield [R, V] logits in the model's dtype, in order, from the model's own forward pass.
@@ -147,7 +153,11 @@ class TransformersEngine:
 
 
 def rows_from_logits(
-    logits_RV: torch.Tensor, actual_R: torch.Tensor, top_k: int, temperatures: tuple[float, ...]
+    logits_RV: torch.Tensor,
+    actual_R: torch.Tensor,
+    top_k: int,
+    temperatures: tuple[float, ...],
+    token_ids: int | None = None,
 ) -> TargetRows:
     """Everything a row holds, from its dense logits.
 
@@ -159,10 +169,11 @@ def rows_from_logits(
         actual_R: [R] int64 next tokens.
         top_k: K.
         temperatures: the T ≠ 1.
+        token_ids: only ids below it are kept, and ranked; None: any.
     """
     lse_R = torch.logsumexp(logits_RV, dim=-1)
     logprobs_RV = logits_RV - lse_R[:, None]
-    ids_RK = _top_ids(logits_RV, top_k)
+    ids_RK = _top_ids(logits_RV[:, :token_ids], top_k)
     actual_z = logits_RV.gather(1, actual_R[:, None])
     rest_RV = logits_RV.scatter(1, ids_RK, float("-inf"))
     weighted = torch.where(torch.isneginf(logprobs_RV), 0.0, logprobs_RV.exp() * logprobs_RV)
@@ -171,7 +182,7 @@ def rows_from_logits(
         logprobs_NK=logprobs_RV.gather(1, ids_RK).cpu().numpy(),
         log_tail_N=(torch.logsumexp(rest_RV, dim=-1) - lse_R).cpu().numpy(),
         actual_logprob_N=(actual_z[:, 0] - lse_R).cpu().numpy(),
-        actual_rank_N=(1 + (logits_RV > actual_z).sum(-1)).int().cpu().numpy(),
+        actual_rank_N=(1 + (logits_RV[:, :token_ids] > actual_z).sum(-1)).int().cpu().numpy(),
         entropy_N=(-weighted.sum(-1)).cpu().numpy(),
         log_tail_at={
             t: (torch.logsumexp(rest_RV / t, dim=-1) - torch.logsumexp(logits_RV / t, dim=-1)).cpu().numpy()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from distill_ray.config.sections import CaptureSection, TeacherSection
-from distill_ray.errors import CannotCaptureError, DistillError, IntegrityError
+from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.schema import TargetRows
 from distill_ray.teacher.draws import DrawSpec
 from distill_ray.teacher.engine import CapturePath, finite_or_reason, ids_again, refusal
@@ -31,17 +31,16 @@ from distill_ray.teacher.flat import rows_from_flat
 from distill_ray.teacher.generation import Answer, Completion, answers, joined, writing_of
 from distill_ray.teacher.seeds import hash_in_name, named_for_draws
 from distill_ray.teacher.vllm_generation import write_completions
+from distill_ray.teacher.vllm_paths import may_fall_back, unknown_version
 from distill_ray.teacher.vllm_setup import engine_arguments, set_process_environment
 from distill_ray.teacher.wire import row_words, rows_from_words
 
 T = TypeVar("T")
+_SHORT = "ids that the tokenizer lacks took the places of others"
 _REFUSALS = (DistillError, ValueError)
 _WAVES_IN_FLIGHT = 4
 """Scheduler steps' worth of tokens queued at once: enough to keep the engine busy, and it bounds the Python lists of
 the finished requests, which take over 100 bytes an entry."""
-
-KNOWN_VERSIONS = ("0.32",)
-"""Versions of vLLM whose source the hook was written from."""
 
 
 class VllmEngine:
@@ -55,6 +54,7 @@ class VllmEngine:
         vocab_size: V.
         path: "worker" or "flat" for that path and no other; "auto" for the worker path where it can be had.
         more: further arguments of `vllm.EngineArgs`; they win.
+        token_ids: ids below it may be kept; None: any.
 
     Raises:
         CannotCaptureError: rows hold what the path cannot give, or the path cannot be had.
@@ -69,20 +69,22 @@ class VllmEngine:
         vocab_size: int,
         path: CapturePath = "auto",
         more: Mapping[str, Any] = MappingProxyType({}),
+        token_ids: int | None = None,
     ) -> None:
         self.notes: tuple[str, ...] = ()
         self._wanted = path
         if path == "flat":
-            _may_fall_back(path, None, section, capture)
+            may_fall_back(path, None, section, capture)
         set_process_environment(section)
-        self._top_k, self._window, self._vocab = capture.top_k, window_tokens, vocab_size
+        self._top_k, self._window = capture.top_k, window_tokens
+        self._vocab, self._token_ids = vocab_size, token_ids or vocab_size
         self._temperatures, self._draws = capture.extra_temperatures, DrawSpec.of(capture)
         self._writing = writing_of(capture, folder, section.trust_remote_code)
         self._in_flight = _WAVES_IN_FLIGHT * max(section.batch_tokens, window_tokens)
         self._request = itertools.count()
         self._engine: Any = None
-        arguments = partial(engine_arguments, section, capture, window_tokens, folder, vocab_size)
-        unknown = _unknown_version()
+        arguments = partial(engine_arguments, section, capture, window_tokens, folder, vocab_size, self._token_ids)
+        unknown = unknown_version()
         if path != "flat" and not unknown:
             self._open(arguments(in_worker=True) | dict(more))
             unknown = self._install()
@@ -91,7 +93,7 @@ class VllmEngine:
                 return
             # Opened anew: the public path bounds the rows of a prompt's chunk, which the worker path need not.
             self.close()
-        self.notes = _may_fall_back(path, unknown, section, capture)
+        self.notes = may_fall_back(path, unknown, section, capture)
         self._open(arguments(in_worker=False) | dict(more))
         self.path = "flat"
 
@@ -117,8 +119,8 @@ class VllmEngine:
 
     def _install(self) -> str | None:
         draws = None if self._draws is None else list(astuple(self._draws))
-        reasons = self._ask("capture_install", self._top_k, list(self._temperatures), self._vocab, draws)
-        return next(filter(None, reasons), None)
+        form = (self._top_k, list(self._temperatures), self._vocab, self._token_ids, draws)
+        return next(filter(None, self._ask("capture_install", *form)), None)
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         """What a method of `CaptureWorker` gives in each worker.
@@ -136,24 +138,32 @@ class VllmEngine:
         return [result for _, result in answers]
 
     def score(self, sequences: list[np.ndarray]) -> list[TargetRows | str]:
-        return self._scored(sequences, None if self.path == "worker" else self._top_k)
+        return self._scored(sequences, None) if self.path == "worker" else self._listed(sequences, self._top_k)
 
     def score_again(self, sequences: list[np.ndarray]) -> list[TargetRows | str] | None:
         """By vLLM's public path, in the worker path past the hook."""
-        kept = ids_again(self._top_k, self._vocab)
+        kept = ids_again(self._top_k, self._token_ids)
         if self.path == "flat":  # where capture fell back to it, it is no other path
-            return self._scored(sequences, kept) if self._wanted == "flat" else None
+            return self._listed(sequences, kept) if self._wanted == "flat" else None
         try:
             if reason := next(filter(None, self._ask("capture_aside", True)), None):
                 self.notes = (f"the audit will load the teacher once more: {reason}",)
                 return None
-            return self._scored(sequences, kept)
+            return self._listed(sequences, kept)
         finally:
             self._ask("capture_aside", False)
 
-    def _scored(self, sequences: list[np.ndarray], kept: int | None) -> list[TargetRows | str]:
-        """Rows with so many ids from vLLM's flat lists; None: those that the hook keeps, which knows K itself."""
-        params = _params(kept or 0)
+    def _listed(self, sequences: list[np.ndarray], kept: int) -> list[TargetRows | str]:
+        """Rows with so many ids from vLLM's flat lists."""
+        found = self._scored(sequences, kept)
+        for i in (i for i, rows in enumerate(found) if rows is _SHORT):
+            # One by one: the lists may be many times as long, and hardly any teacher gives such ids a place.
+            found[i] = self._scored([sequences[i]], kept, self._vocab - self._token_ids)[0]
+        return found
+
+    def _scored(self, sequences: list[np.ndarray], kept: int | None, more: int = 0) -> list[TargetRows | str]:
+        """Rows with `kept` ids, of `more` listed ones, or `_SHORT`; None: what the hook keeps, which knows K itself."""
+        params = _params((kept or 0) + more)
         results: list[TargetRows | str | None] = [refusal(s, self._vocab, self._window) for s in sequences]
         waiting = iter([i for i, reason in enumerate(results) if reason is None])
         running: dict[str, tuple[int, str]] = {}
@@ -239,7 +249,8 @@ class VllmEngine:
     def _flat_rows(self, flat: Any, tokens: np.ndarray, kept: int) -> TargetRows | str:
         # Never iterate FlatLogprobs: that builds a dict for each position.
         ids, values, ranks = (np.asarray(entries) for entries in (flat.token_ids, flat.logprobs, flat.ranks))
-        return finite_or_reason(rows_from_flat(ids, values, ranks, tokens, kept, self._vocab))
+        rows = rows_from_flat(ids, values, ranks, tokens, kept, self._vocab, self._token_ids)
+        return _SHORT if rows is None else finite_or_reason(rows)
 
 
 def _params(prompt_logprobs: int) -> Any:
@@ -255,45 +266,3 @@ def _params(prompt_logprobs: int) -> Any:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _unknown_version() -> str | None:
-    import vllm
-
-    if ".".join(vllm.__version__.split(".")[:2]) in KNOWN_VERSIONS:
-        return None
-    return f"vLLM {vllm.__version__} is not one of {', '.join(KNOWN_VERSIONS)}"
-
-
-def _may_fall_back(
-    path: CapturePath, unknown: str | None, section: TeacherSection, capture: CaptureSection
-) -> tuple[str, ...]:
-    """What to tell the user when the public path is taken.
-
-    Raises:
-        CannotCaptureError: it was excluded, is slower than GPUs are paid for, or cannot give the temperatures or draws.
-    """
-    why = f" ({unknown})" if unknown else ""
-    if path == "worker":
-        raise CannotCaptureError(f"capture inside vLLM's workers cannot be had{why}; use the project's lock file")
-    if path == "auto" and section.use_gpu and not section.public_path:
-        raise CannotCaptureError(
-            f"capture inside vLLM's workers cannot be had{why}, and vLLM's public path is several times slower and "
-            "gives no entropy; use the vLLM version of the project's lock file, or set teacher.public_path = true"
-        )
-    if capture.extra_temperatures:
-        raise CannotCaptureError(
-            f"capture.temperatures={list(capture.temperatures)}: no tail mass at T ≠ 1 by vLLM's public path{why}; "
-            'use the vLLM version of the project\'s lock file, teacher.engine = "transformers" or temperatures = [1.0]'
-        )
-    if capture.draws:
-        raise CannotCaptureError(
-            f"capture.draws={capture.draws}: vLLM's public path{why} shows the top {capture.top_k} alone, and drawing "
-            "from these would be biased; use the vLLM version of the project's lock file, teacher.engine = "
-            '"transformers", or draws = 0 with another objective'
-        )
-    if path != "auto":
-        return ()
-    note = f"vLLM's public path is used{why}: several times slower, no entropy"
-    print(f"teacher: {note}", file=sys.stderr, flush=True)
-    return (note,)

@@ -10,7 +10,7 @@ import numpy as np
 
 from distill_ray.errors import IntegrityError
 from distill_ray.schema import FINISHES
-from distill_ray.teacher.generation import Completion, Writing, cut, sample_seed
+from distill_ray.teacher.generation import Completion, Writing, sample_seed
 
 _IN_FLIGHT = 512
 """Requests queued at once: twice what vLLM runs together, and it bounds the Python lists of the finished ones."""
@@ -49,8 +49,7 @@ def write_completions(
         for output in or_die(engine.step):
             i, j = running.pop(output.request_id)
             found = _completion(output.outputs[0])
-            dropped = found.finish == "length" and generate.unfinished == "drop"
-            written[i][j] = cut(i, j, generate) if dropped else found
+            written[i][j] = writing.refusal(i, j, found) or found
 
 
 def _submit(engine: Any, name: str, writing: Writing, prompt: np.ndarray, sample: int) -> None:

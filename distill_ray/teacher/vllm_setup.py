@@ -19,6 +19,7 @@ def engine_arguments(
     window_tokens: int,
     folder: Path,
     vocab_size: int,
+    token_ids: int,
     in_worker: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `vllm.EngineArgs` for capture, `in_worker` or by the public path."""
@@ -55,7 +56,7 @@ def engine_arguments(
             "max_model_len": window_tokens + 1,
             "max_num_batched_tokens": most,
             "max_num_seqs": min(256, section.batch_tokens),
-            "max_logprobs": ids_again(capture.top_k, vocab_size),
+            "max_logprobs": ids_again(capture.top_k, token_ids) + vocab_size - token_ids,
             # With it, the rows of a shared prefix would be skipped.
             "enable_prefix_caching": False,
             "enforce_eager": not section.use_gpu,

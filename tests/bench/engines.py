@@ -201,7 +201,7 @@ def dicts(folder: Path, tokens: list[np.ndarray]) -> dict[str, Callable[[], floa
     set_process_environment(of)
     from vllm import LLM, SamplingParams
 
-    arguments = engine_arguments(of, CaptureSection(top_k=K), WINDOW, folder, vocab)
+    arguments = engine_arguments(of, CaptureSection(top_k=K), WINDOW, folder, vocab, vocab)
     del arguments["long_prefill_token_threshold"]
     llm = LLM(**arguments)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=K, detokenize=False)

@@ -104,7 +104,8 @@ def main(request: str, result: str) -> None:
     else:
         model = Path(section.model)
         vocab = how.vocab_size or teacher.vocabulary_size(model)
-        engine = VllmEngine(section, capture, window, model, vocab, how.path, how.more)
+        ids = min(vocab, teacher.token_ids(model, section.trust_remote_code))
+        engine = VllmEngine(section, capture, window, model, vocab, how.path, how.more, ids)
     opened = time.monotonic()
     rows = engine.score(sequences)
     scored = Scored(rows, opened - started, time.monotonic() - opened)

@@ -54,7 +54,7 @@ def test_what_a_recipe_gets_wrong(edits: dict[str, str], expected: list[str], tm
 def test_k_above_the_vocabulary(tmp_path: Path):
     folder = tiny_llama_folder(vocab=300)
     job = Job(tmp_path, str(tmp_path / "root"), top_k=400, teacher=folder)
-    assert "capture.top_k=400 exceeds the vocabulary of 300" in refused(job)
+    assert "capture.top_k=400 exceeds the teacher's vocabulary of 300 tokens" in refused(job)
 
 
 def test_a_window_longer_than_the_teachers_context(tmp_path: Path):

@@ -31,6 +31,24 @@ def _with_rows(folder: Path, rows: int) -> Path:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("cluster_address")
+def test_a_teacher_whose_padding_was_left_random_teaches_a_student_without_it(tmp_path: Path):
+    teacher, student = tiny_llama_folder(vocab=TINY_VOCAB, rows=TINY_VOCAB + 64), tiny_llama_folder(vocab=TINY_VOCAB)
+    job = Job(
+        tmp_path,
+        str(tmp_path / "root"),
+        teacher=teacher,
+        audit=4,
+        edits={"teacher_layers = [0]": f'model = "{student}"'},
+    )
+    job.call()
+    report = job.report()
+    assert report["after"]["kl_t1"] < report["before"]["kl_t1"]
+    assert report["teacher"]["top1_agreement"] == 1
+    assert job.run(command="status").stdout.count("done") == 5
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("cluster_address")
 def test_capture_train_and_evaluate_with_three_vocabulary_sizes(tmp_path: Path):
     teacher, student = _with_rows(tmp_path / "teacher", TEACHER_ROWS), _with_rows(tmp_path / "student", STUDENT_ROWS)
     edits = {"teacher_layers = [0]": f'model = "{student}"', "learning_rate = 1e-3": "learning_rate = 1e-6"}

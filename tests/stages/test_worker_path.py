@@ -121,14 +121,17 @@ def _assert_exact(rows: TargetRows, logprobs: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [None, 500], ids=["whole", "padded"])
+@pytest.mark.parametrize("rows", [None, 500, 576], ids=["whole", "padded", "more-than-tokens"])
 def test_tensor_parallel_2(tmp_path: Path, rows: int | None) -> None:
-    # 500 rows are padded by vLLM to 512: 256 on the first rank, 244 and padding on the second.
+    # 500 rows are padded by vLLM to 512: 256 on the first rank, 244 and padding on the second. Of 576 the second rank
+    # has all 64 that no token has, random ones, which are likely everywhere.
     folder = tiny_llama_folder(vocab=TINY_VOCAB, rows=rows, hidden=128, heads=4)
     sequences = [np.minimum(s, (rows or TINY_VOCAB) - 1) for s in prose_sequences(folder, LENGTHS)]
     section = vllm_section(folder, tensor_parallel=2)
     worker = score(section, K, sequences, tmp_path, TEMPERATURES, How("worker", CHUNKED))
     _assert_same(worker, score(section, K, sequences, tmp_path, (1.0,), How("flat", CHUNKED)))
+    if rows == 576:
+        assert all(r.ids_NK.max() < TINY_VOCAB for r in _rows(worker, "worker"))
     if rows is None:
         for got, dense in zip(_rows(worker, "worker"), _whole(folder, sequences, tmp_path), strict=True):
             _assert_exact(got, dense)

@@ -102,12 +102,13 @@ def keys(n: int, sequence: int = 1) -> np.ndarray:
     return row_keys(sequence, 0, n)
 
 
-def probabilities(logits_V: torch.Tensor, top_k: int, spec: DrawSpec) -> np.ndarray:
+def probabilities(logits_V: torch.Tensor, top_k: int, spec: DrawSpec, token_ids: int | None = None) -> np.ndarray:
     """[V] float64: what the draws of a row must be distributed like."""
     z = logits_V.double()
     p = (z / spec.temperature).softmax(0).numpy()
     if spec.tail_only:
-        p[np.lexsort((np.arange(len(p)), -z.numpy()))[:top_k]] = 0
+        best = np.lexsort((np.arange(len(p)), -z.numpy()))
+        p[best[best < (token_ids or len(p))][:top_k]] = 0
     return p / p.sum()
 
 

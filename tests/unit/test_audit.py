@@ -75,6 +75,23 @@ def rows_of(seed: int) -> tuple[TargetRows, TargetRows]:
     return captured, again
 
 
+def test_rows_of_a_teacher_with_ids_that_no_token_has_pass() -> None:
+    sequence, logits = logits_of(5)
+    token_ids = V - 40
+    of = replace(OF, token_ids=token_ids)
+    logits, tokens = logits.copy(), sequence.tokens % token_ids
+    logits[::2, token_ids:] += 12
+    log_p = log_softmax(logits).astype(np.float32)
+    captured, again = (rows_from_dense(log_p, tokens, k, (2.0,), token_ids) for k in (K, R))
+    stored = stored_from(replace(sequence, tokens=tokens), captured, of)
+    assert compare_rows(of, stored, targets.decode_rows(of, stored), again, FLOAT32).difference is None
+    public = replace(stored, entropy_N=None, actual_rank_N=stored.actual_rank_N + np.where(log_p[:, -1] > -3, 40, 0))
+    assert compare_rows(of, public, targets.decode_rows(of, public), again, FLOAT32).difference is None
+    # With those ids looked for among the likeliest, every other row would be wrong.
+    unlike = rows_from_dense(log_p, tokens, R, (2.0,))
+    assert compare_rows(of, stored, targets.decode_rows(of, stored), unlike, FLOAT32).difference is not None
+
+
 def audited(rows: TargetRows, tolerance=FLOAT32, seed: int = 1) -> RowFigures:
     """`rows` stored in the place of those that seed 1 gives."""
     sequence, _ = logits_of(seed)

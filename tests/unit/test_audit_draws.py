@@ -22,7 +22,7 @@ from distill_ray.teacher.dense import rows_from_dense
 from distill_ray.teacher.draws import DrawSpec, draw_from_logits
 from distill_ray.teacher.seeds import row_keys, sequence_hash
 from distill_ray.teacher.wire import draws_from_words
-from tests.unit.targets_fakes import exact_rows, identity, log_softmax, unit
+from tests.unit.targets_fakes import identity, log_softmax, unit
 
 V, K, R, N, DRAWS = 997, 16, 80, 60, 50
 ROW = 27
@@ -30,8 +30,8 @@ FLOAT32 = tolerance_of("float32", None)
 Taught = tuple[Sequence, np.ndarray, TargetRows]
 
 
-def drawing(draws_from: str = "all", temperature: float = 1.0) -> CaptureIdentity:
-    of = identity(V, K, (1.0, 2.0))
+def drawing(draws_from: str = "all", temperature: float = 1.0, token_ids: int = V) -> CaptureIdentity:
+    of = replace(identity(V, K, (1.0, 2.0)), token_ids=token_ids)
     return replace(of, draws=DRAWS, draws_from=draws_from, draws_temperature=temperature)
 
 
@@ -39,13 +39,16 @@ def taught(of: CaptureIdentity, seed: int = 1, drawn_as: CaptureIdentity | None 
     """A sequence, its logits and its rows; drawn as another capture would draw, where one is given."""
     rng = np.random.default_rng(seed)
     logits_NV, tokens = rng.normal(0, scale, (N, V)), rng.integers(0, V, N + 1).astype(np.int32)
+    if of.token_ids is not None:
+        tokens %= of.token_ids
+        logits_NV[:, of.token_ids :] += 4  # likely, and never kept
     mask = np.arange(N + 1) > 0
-    rows = exact_rows(logits_NV, tokens[1:], K, of.extra_temperatures)
+    rows = rows_from_dense(log_softmax(logits_NV), tokens, K, of.extra_temperatures, of.token_ids)
     spec_of = drawn_as or of
     spec = DrawSpec(spec_of.draws, spec_of.draws_from == "tail", spec_of.draws_temperature)
     z = torch.from_numpy(log_softmax(logits_NV).astype(np.float32))
     keys = torch.from_numpy(row_keys(sequence_hash(tokens), 0, N))
-    words = draw_from_logits(spec, z, K, keys, torch.from_numpy(rows.logprobs_NK[:, 0]))
+    words = draw_from_logits(spec, z, K, keys, torch.from_numpy(rows.logprobs_NK[:, 0]), of.token_ids)
     return Sequence(tokens, mask, seed), logits_NV, replace(rows, draws=draws_from_words(words.numpy()))
 
 
@@ -55,13 +58,14 @@ def unit_of(of: CaptureIdentity, many: list[Taught]) -> targets.UnitTargets:
 
 
 def figures(of: CaptureIdentity, stored: StoredSequence, logits_NV: np.ndarray) -> RowFigures:
-    again = rows_from_dense(log_softmax(logits_NV).astype(np.float32), stored.tokens, R, (2.0,))
+    again = rows_from_dense(log_softmax(logits_NV).astype(np.float32), stored.tokens, R, (2.0,), of.token_ids)
     return compare_rows(of, stored, targets.decode_rows(of, stored), again, FLOAT32)
 
 
+@pytest.mark.parametrize("token_ids", [V, V - 20])
 @pytest.mark.parametrize(("draws_from", "temperature"), [("all", 1.0), ("all", 2.0), ("tail", 1.0), ("tail", 2.0)])
-def test_honest_draws_pass(draws_from: str, temperature: float) -> None:
-    of = drawing(draws_from, temperature)
+def test_honest_draws_pass(draws_from: str, temperature: float, token_ids: int) -> None:
+    of = drawing(draws_from, temperature, token_ids)
     many = [taught(of, seed) for seed in range(1, 9)]
     whole = unit_of(of, many)
     assert check_draws_fall(of, whole) is None

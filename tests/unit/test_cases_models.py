@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from distill_ray.config import load_recipe
 from distill_ray.corpus import load_tokenizer
 from distill_ray.errors import UserError
+from distill_ray.schema import TargetRows
 from distill_ray.storage import stage_folder
 from distill_ray.student.build import from_teacher_layers
 from distill_ray.student.folder import write_folder
-from tests.assets import tiny_teacher_folder
+from distill_ray.teacher import open_engine
+from tests.assets import tiny_llama_folder, tiny_teacher_folder
 from tests.unit.test_cases import Case, prose
 
 pytestmark = pytest.mark.cases
@@ -151,6 +154,49 @@ def test_26_a_temporary_folder_too_long_for_sockets_is_named(case: Models, monke
     assert code == 2
     assert "TMPDIR=" in said
     assert "107" in said
+
+
+def test_30_rows_beyond_the_tokenizer_are_never_kept(case: Models) -> None:
+    folder = case.folder / "teacher"
+    shutil.rmtree(folder)
+    shutil.copytree(tiny_llama_folder(vocab=512, rows=576), folder)
+    path = case.recipe_for_student()
+    code, said = case.check(path)
+    assert code == 0
+    assert "vocabulary 576 (64 of them no token's: never kept)" in said
+    recipe = load_recipe(path)
+    tokens = np.array(load_tokenizer(folder)(prose(40))["input_ids"], np.int32)
+    (rows,) = open_engine(recipe.teacher, recipe.capture, len(tokens)).score([tokens])
+    assert isinstance(rows, TargetRows)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        log_p = model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0, :-1].double().log_softmax(-1)
+    best = log_p.topk(recipe.capture.top_k).indices
+    assert (best >= 512).any(dim=1).float().mean() > 0.9, "they must be among the likeliest, or nothing is shown"
+    kept = log_p[:, :512].topk(recipe.capture.top_k)
+    assert (rows.ids_NK == kept.indices.numpy()).all()
+    outside = log_p.scatter(1, kept.indices, -torch.inf).logsumexp(1)
+    assert rows.log_tail_N == pytest.approx(outside.numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("use", ["none", "plain", "template", "end"])
+def test_a_special_token_without_a_row_is_of_no_harm_where_no_text_needs_it(case: Models, use: str) -> None:
+    """Gemma 3's text models are shipped so: 262,144 rows, and <image_soft_token> has id 262,144."""
+    tokenizer = AutoTokenizer.from_pretrained(case.folder / "teacher")
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=use != "plain")
+    if use == "template":
+        tokenizer.chat_template += "<image_soft_token>"
+    if use == "end":
+        tokenizer.eos_token = "<image_soft_token>"
+    for folder in (case.folder / "teacher", case.student):
+        tokenizer.save_pretrained(folder)
+    code, said = case.check(case.recipe_for_student())
+    if use == "none":
+        assert code == 0
+        assert "vocabulary 512, float32; no row for <image_soft_token>: a text with it is refused" in said
+    else:
+        assert code == 2
+        assert "none for 1 id(s), the first in use 512 ('<image_soft_token>')" in said
 
 
 def _pointer(folder: Path) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def _recipe(student: Path, loss: dict[str, Any], capture: dict[str, Any]) -> Rec
 def test_draws_beyond_the_students_rows_are_refused_before_they_end_a_training(
     objective: str, drawn_from: str, tmp_path: Path
 ) -> None:
-    tokenizer: Any = range(150)
+    tokenizer: Any = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(150)})
     teacher = model_shape(_folder(tmp_path / "teacher", 200), False)
     assert isinstance(teacher, ModelShape)
     narrow, equal = _folder(tmp_path / "narrow", 160), _folder(tmp_path / "equal", 200)

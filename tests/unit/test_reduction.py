@@ -40,7 +40,9 @@ def _shards(
 ) -> tuple[list[ShardRows], torch.Tensor]:
     actual_z = logits.gather(1, actual[:, None])[:, 0].float()
     tile = logits.clone()
-    parts = [reduce(tile[:, c.start : c.stop], c.first_id, actual_z, top_k, TEMPERATURES) for c in columns]
+    parts = [
+        reduce(tile[:, c.start : c.stop], c.first_id, actual_z, top_k if c.kept else 0, TEMPERATURES) for c in columns
+    ]
     return parts, actual_z
 
 
@@ -48,7 +50,8 @@ def _rows(
     logits: torch.Tensor, actual: torch.Tensor, columns: list[Columns], top_k: int = K, reduce: Any = reduce_tile
 ) -> TargetRows:
     parts, actual_z = _shards(logits, actual, columns, top_k, reduce)
-    words = merge([from_words(to_words(p), top_k) for p in parts], actual_z, TEMPERATURES)
+    again = [from_words(to_words(p), top_k if c.kept else 0) for p, c in zip(parts, columns, strict=True)]
+    words = merge(again, actual_z, TEMPERATURES)
     assert words.shape == (len(logits), row_words(top_k, TEMPERATURES))
     return rows_from_words(words.numpy(), top_k, TEMPERATURES)
 
@@ -59,15 +62,18 @@ def _log_sum(z: np.ndarray) -> np.ndarray:
         return top[:, 0] + np.log(np.exp(z - top).sum(1))
 
 
-def _assert_exact(rows: TargetRows, logits: torch.Tensor, actual: torch.Tensor, top_k: int = K) -> None:
+def _assert_exact(
+    rows: TargetRows, logits: torch.Tensor, actual: torch.Tensor, top_k: int = K, token_ids: int = V
+) -> None:
     z = logits.double().numpy()
-    order = np.lexsort((np.broadcast_to(np.arange(z.shape[1]), z.shape), -z), axis=1)
+    ids = np.broadcast_to(np.arange(z.shape[1]), z.shape)
+    order = np.lexsort((ids, -z, ids >= token_ids), axis=1)
     np.testing.assert_array_equal(rows.ids_NK, order[:, :top_k])
     logprobs = z - _log_sum(z)[:, None]
     kept = np.take_along_axis(logprobs, order[:, :top_k], 1)
     np.testing.assert_allclose(rows.logprobs_NK, kept, rtol=1e-5, atol=1e-5)
     own = z[np.arange(len(z)), actual.numpy()]
-    np.testing.assert_array_equal(rows.actual_rank_N, 1 + (z > own[:, None]).sum(1))
+    np.testing.assert_array_equal(rows.actual_rank_N, 1 + (z > own[:, None])[:, :token_ids].sum(1))
     np.testing.assert_allclose(rows.actual_logprob_N, own - _log_sum(z), rtol=1e-5, atol=1e-5)
     with np.errstate(invalid="ignore"):
         entropy = -np.where(np.isneginf(logprobs), 0, np.exp(logprobs) * logprobs).sum(1)
@@ -95,12 +101,32 @@ def test_rows_equal_float64_arithmetic(kind: str, dtype: torch.dtype, columns: l
         _assert_exact(_rows(logits, actual, columns, reduce=reduce_by_torch), logits, actual)
 
 
+TOKENS = 900
+BEYOND = [Columns(TOKENS, 930, TOKENS, kept=False), Columns(930, V, 930, kept=False)]
+UNKEPT = [[Columns(0, TOKENS, 0), *BEYOND], [Columns(0, 400, 0), Columns(400, TOKENS, 400), *BEYOND]]
+
+
+@pytest.mark.parametrize("columns", UNKEPT, ids=["whole", "sharded"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["plain", "zipf", "ties", "uniform", "masked"])
+def test_ids_that_no_token_has_are_never_kept_and_lie_in_every_tail(
+    kind: str, dtype: torch.dtype, columns: list[Columns]
+) -> None:
+    logits = _logits(kind, dtype)
+    logits[::2, TOKENS:] += 9  # where they would be the likeliest of all, too
+    logits[1::4, TOKENS:] += 60  # and all but all there is
+    actual = torch.randint(0, 100, (len(logits),), generator=torch.Generator().manual_seed(1))
+    actual[0] = V - 1
+    for reduce in (reduce_tile, reduce_by_torch):
+        _assert_exact(_rows(logits, actual, columns, reduce=reduce), logits, actual, token_ids=TOKENS)
+
+
 def test_rows_of_a_real_vocabulary() -> None:
     logits = torch.randn(9, 151_936, generator=torch.Generator().manual_seed(0)) * 3
     actual = torch.arange(9) * 16_000
     for dtype in DTYPES:
         z = logits.to(dtype)
-        _assert_exact(_rows(z, actual, [Columns(0, 151_936, 0)], 64), z, actual, 64)
+        _assert_exact(_rows(z, actual, [Columns(0, 151_936, 0)], 64), z, actual, 64, 151_936)
 
 
 @pytest.mark.parametrize("columns", [[Columns(0, 12, 0)], [Columns(0, 5, 0), Columns(5, 12, 5)]])
@@ -143,10 +169,20 @@ def _vllm_shard(org: tuple[int, int, int, int], added: tuple[int, int, int, int]
 def test_columns_of_a_padded_shard() -> None:
     # The example in vLLM's VocabParallelEmbedding: 1,010 ids and 16 added ones, each padded to a multiple of 64.
     whole = _vllm_shard((0, 1024, 0, 1010), (1010, 1074, 1010, 1026))
-    assert shard_columns(whole, 1010) == [Columns(0, 1010, 0), Columns(1024, 1024, 1010)]
-    assert shard_columns(whole, 1026) == [Columns(0, 1010, 0), Columns(1024, 1040, 1010)]
+    assert shard_columns(whole, 1010, 1010) == [Columns(0, 1010, 0), Columns(1024, 1024, 1010)]
+    assert shard_columns(whole, 1026, 1026) == [Columns(0, 1010, 0), Columns(1024, 1040, 1010)]
     second = _vllm_shard((512, 1024, 512, 1010), (1042, 1074, 1026, 1026))
-    assert shard_columns(second, 1026) == [Columns(0, 498, 512), Columns(512, 512, 1026)]
+    assert shard_columns(second, 1026, 1026) == [Columns(0, 498, 512), Columns(512, 512, 1026)]
     # Rows that the config does not know are cut even where vLLM counts them as ids.
-    assert shard_columns(second, 600)[0] == Columns(0, 88, 512)
-    assert shard_columns(second, 500)[0] == Columns(0, 0, 512)
+    assert shard_columns(second, 600, 600)[0] == Columns(0, 88, 512)
+    assert shard_columns(second, 500, 500)[0] == Columns(0, 0, 512)
+    # What the tokenizer lacks follows, as often on a rank that has none of it.
+    base, added, base_beyond, added_beyond = shard_columns(whole, 1020, 1005)
+    assert (base, base_beyond) == (Columns(0, 1005, 0), Columns(1005, 1010, 1005, kept=False))
+    assert (added, added_beyond) == (Columns(1024, 1024, 1010), Columns(1024, 1034, 1010, kept=False))
+    base, _, beyond, _ = shard_columns(second, 600, 500)
+    assert (base, beyond) == (Columns(0, 0, 512), Columns(0, 88, 512, kept=False))
+    base, _, beyond, _ = shard_columns(second, 600, 550)
+    assert (base, beyond) == (Columns(0, 38, 512), Columns(38, 88, 550, kept=False))
+    base, _, beyond, _ = shard_columns(_vllm_shard((0, 512, 0, 512), (0, 0, 0, 0)), 600, 550)
+    assert (base, beyond) == (Columns(0, 512, 0), Columns(512, 512, 512, kept=False))

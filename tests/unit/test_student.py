@@ -75,7 +75,7 @@ def test_random_student_is_drawn_from_the_seed_and_needs_enough_rows(tmp_path: P
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 500}))
-    with pytest.raises(UserError, match="500 embedding rows"):
+    with pytest.raises(UserError, match=r"the student's embedding 500 rows: there is none for 12 id"):
         build_initial(tiny_recipe(tmp_path, student={"config": str(tmp_path)}), tiny_teacher_folder())
 
 

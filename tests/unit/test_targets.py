@@ -44,6 +44,20 @@ def assert_same(sequence, row, got, got_row, entropy=True):
         assert got_row.entropy_N is None
 
 
+def test_only_ids_that_no_token_has_change_the_fingerprint_of_a_capture():
+    of = identity()
+    assert dataclasses.replace(of, token_ids=of.vocab_size) == of
+    assert "token_ids" not in of.to_dict()
+    padded = dataclasses.replace(of, token_ids=of.vocab_size - 3)
+    assert (of.kept_below, padded.kept_below) == (of.vocab_size, of.vocab_size - 3)
+    assert padded.fingerprint != of.fingerprint
+    assert targets.CaptureIdentity.from_dict(padded.to_dict()) == padded
+    sequences, rows = captured(of, (12,))
+    low = dataclasses.replace(of, token_ids=int(rows[0].ids_NK[3].max()))
+    with pytest.raises(IntegrityError, match=rf"row 0: id \d+ is kept.*below {low.token_ids} only"):
+        targets.encode_unit(low, unit(), sequences, rows, [], 0.0)
+
+
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("temperatures", [(1.0,), (0.5, 1.0, 2.0)])
 def test_a_unit_comes_back_whole(storage, entropy, temperatures):

@@ -24,6 +24,7 @@ from distill_ray.errors import CannotCaptureError, IntegrityError, UserError
 from distill_ray.schema import TargetRows
 from distill_ray.storage import open_storage
 from distill_ray.targets import CaptureIdentity
+from distill_ray.teacher.dense import rows_from_dense
 from distill_ray.teacher.draws import DrawSpec
 from distill_ray.teacher.engine import finite_or_reason, refusal
 from distill_ray.teacher.flat import log_tail, rows_from_flat
@@ -43,13 +44,13 @@ def _section(**changes: object) -> TeacherSection:
     return TeacherSection.model_validate(base | changes)
 
 
-def _flat(logits_NV: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _flat(logits_NV: np.ndarray, tokens: np.ndarray, listed: int = K) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What vLLM's gather_logprobs and append_fast give: actual token first, its rank by counting ≥."""
     logprobs = torch.from_numpy(logits_NV).log_softmax(-1)
-    top, ids = logprobs.topk(K, -1)
+    top, ids = logprobs.topk(listed, -1)
     actual = torch.from_numpy(tokens[1:].astype(np.int64))[:, None]
     own = logprobs.gather(-1, actual)
-    ranks = [[int(r), *range(1, K + 1)] for r in (logprobs >= own).sum(-1)]
+    ranks = [[int(r), *range(1, listed + 1)] for r in (logprobs >= own).sum(-1)]
     return (
         torch.cat([actual, ids], 1).numpy().ravel(),
         torch.cat([own, top], 1).numpy().ravel(),
@@ -83,6 +84,31 @@ def test_flat_equals_the_dense_reference() -> None:
     for name in ("logprobs_NK", "actual_logprob_N"):
         np.testing.assert_allclose(getattr(got, name), getattr(exact, name), atol=1e-5)
     np.testing.assert_allclose(np.exp(got.log_tail_N), np.exp(exact.log_tail_N), atol=2e-6)
+
+
+def test_flat_passes_over_ids_that_no_token_has() -> None:
+    logits, tokens = _logits(40, seed=2)
+    beyond = 5
+    token_ids = V - beyond
+    logits[::2, token_ids:] += 12
+    tokens[1:] %= token_ids
+    assert rows_from_flat(*_flat(logits, tokens), tokens, K, V, token_ids) is None
+    got = rows_from_flat(*_flat(logits, tokens, K + beyond), tokens, K, V, token_ids)
+    actual = torch.from_numpy(tokens[1:].astype(np.int64))
+    exact = rows_from_logits(torch.from_numpy(logits), actual, K, (), token_ids)
+    dense = rows_from_dense(torch.from_numpy(logits).log_softmax(-1).numpy(), tokens, K, (), token_ids)
+    assert got is not None
+    assert exact.ids_NK.max() < token_ids
+    np.testing.assert_array_equal(dense.actual_rank_N, exact.actual_rank_N)
+    # Of ids that are not listed vLLM's rank cannot leave out any.
+    assert ((got.actual_rank_N - exact.actual_rank_N >= 0) & (got.actual_rank_N - exact.actual_rank_N <= beyond)).all()
+    listed = exact.actual_rank_N <= K
+    np.testing.assert_array_equal(got.actual_rank_N[listed], exact.actual_rank_N[listed])
+    for rows in (got, dense):
+        np.testing.assert_array_equal(rows.ids_NK, exact.ids_NK)
+        for name in ("logprobs_NK", "actual_logprob_N"):
+            np.testing.assert_allclose(getattr(rows, name), getattr(exact, name), atol=1e-5)
+        np.testing.assert_allclose(np.exp(rows.log_tail_N), np.exp(exact.log_tail_N), atol=2e-6)
 
 
 def test_flat_ties_do_not_push_a_kept_token_out_of_its_rank() -> None:
@@ -432,18 +458,19 @@ def test_cores_of_the_ranks() -> None:
 
 def test_engine_arguments_for_capture() -> None:
     capture = CaptureSection(top_k=128)
-    on_cpu = engine_arguments(_section(engine="vllm"), capture, 100, Path("m"), 512)
+    on_cpu = engine_arguments(_section(engine="vllm"), capture, 100, Path("m"), 512, 512)
     assert on_cpu["max_model_len"] == 101
     assert on_cpu["enable_prefix_caching"] is False
     assert on_cpu["max_logprobs"] == 256
     assert (on_cpu["enforce_eager"], on_cpu["distributed_executor_backend"]) == (True, "mp")
-    on_gpu = engine_arguments(_section(use_gpu=True, tensor_parallel=2), capture, 4096, Path("m"), 128_256)
+    on_gpu = engine_arguments(_section(use_gpu=True, tensor_parallel=2), capture, 4096, Path("m"), 128_256, 128_000)
     assert (on_gpu["gpu_memory_utilization"], on_gpu["distributed_executor_backend"]) == (0.9, "mp")
     assert on_gpu["long_prefill_token_threshold"] * 4 * 128_256 <= 2**29
-    inside = engine_arguments(_section(use_gpu=True), capture, 4096, Path("m"), 128_256, in_worker=True)
+    inside = engine_arguments(_section(use_gpu=True), capture, 4096, Path("m"), 128_256, 128_000, in_worker=True)
     assert "long_prefill_token_threshold" not in inside
     assert pkgutil.resolve_name(inside["worker_extension_cls"]) is CaptureWorker
-    one = engine_arguments(_section(use_gpu=True), capture, 4096, Path("m"), 128_256)
+    assert inside["max_logprobs"] == 256 + 256  # the most ids that no token has may come before the kept ones
+    one = engine_arguments(_section(use_gpu=True), capture, 4096, Path("m"), 128_256, 128_000)
     assert one["distributed_executor_backend"] is None
 
 

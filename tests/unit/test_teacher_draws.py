@@ -16,7 +16,7 @@ from distill_ray.config.sections import CaptureSection
 from distill_ray.errors import IntegrityError
 from distill_ray.schema import Draws, TargetRows
 from distill_ray.targets.draws import check_draws
-from distill_ray.teacher.draws import DrawSpec, _search, search_by_torch
+from distill_ray.teacher.draws import DrawSpec, _search, draw_from_logits, search_by_torch
 from distill_ray.teacher.engine import finite_or_reason
 from distill_ray.teacher.head import Columns
 from distill_ray.teacher.seeds import (
@@ -27,7 +27,7 @@ from distill_ray.teacher.seeds import (
     sequence_hash,
     uniforms,
 )
-from distill_ray.teacher.wire import row_words, rows_from_words
+from distill_ray.teacher.wire import draws_from_words, row_words, rows_from_words
 from tests.assets import REPO
 from tests.unit.draws_fakes import FakeHead, draws_of, keys, p_value, padded, probabilities, reduced
 from tests.unit.targets_fakes import identity
@@ -116,6 +116,27 @@ def test_unusual_rows_too(kind: str, tail_only: bool) -> None:
         assert np.isin(draws.ids_M, np.flatnonzero(p > 1e-12)).all()
     else:
         assert p_value(draws, p) > 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail_only", [False, True], ids=["all", "tail"])
+def test_ids_that_no_token_has_are_drawn_from_the_tail(tail_only: bool, temperature: float) -> None:
+    """On two ranks, of which the second has them, and from whole rows."""
+    z, spec, tokens = _logits(), DrawSpec(N, tail_only, temperature), 280
+    z[tokens:] += 6
+    shards = [
+        [Columns(0, 150, 0), Columns(150, 150, 150, kept=False)],
+        [Columns(0, tokens - 150, 150), Columns(tokens - 150, 150, tokens, kept=False)],
+    ]
+    table = z.expand(ROWS, -1)
+    heads = [FakeHead(padded(table, columns, 160), columns, tp_size=2) for columns in shards]
+    words = reduced(heads, K, _temperatures(spec), spec, keys(ROWS))
+    draws = draws_of(words, K, _temperatures(spec))
+    assert p_value(draws, probabilities(z, K, spec, tokens)) > 1e-4
+    assert (draws.ids_M >= tokens).any()
+    top = torch.from_numpy(words[:, K].view(np.float32).copy())
+    whole = draw_from_logits(spec, table.clone(), K, torch.from_numpy(keys(ROWS)), top, tokens)
+    np.testing.assert_array_equal(draws_from_words(whole.numpy()).ids_M, draws.ids_M)
 
 
 @pytest.mark.parametrize("tail_only", [False, True], ids=["all", "tail"])

@@ -220,9 +220,9 @@ def test_a_name_that_the_engine_lacks_is_a_reason_and_a_mistake_of_ours_is_an_er
         pass
 
     Runner.__module__ = "vllm.v1.worker.gpu_model_runner"
-    found = _worker(monkeypatch, Runner()).capture_install(4, [], 16)
+    found = _worker(monkeypatch, Runner()).capture_install(4, [], 16, 16)
     assert found == ["", "AttributeError: 'Runner' object has no attribute 'model_config'"]
-    failure, reason = _worker(monkeypatch, RunnerV1()).capture_install(4, [], 16)
+    failure, reason = _worker(monkeypatch, RunnerV1()).capture_install(4, [], 16, 16)
     assert failure.endswith("AttributeError: 'RunnerV1' object has no attribute 'model_config'\n")
     assert reason is None
 
@@ -285,17 +285,17 @@ def test_what_a_worker_could_not_do_ends_the_run_and_no_process(
 def test_why_the_public_path_is_taken_travels_with_every_unit():
     from distill_ray.capture.stages import ReadUnit, teach
     from distill_ray.schema import SourceSlice, Unit
-    from distill_ray.teacher.vllm_engine import _may_fall_back
+    from distill_ray.teacher.vllm_paths import may_fall_back
 
     unknown, cpu = "vLLM 9.9 is not one of 0.32", TeacherSection(model="m", use_gpu=False)
-    notes = _may_fall_back("auto", unknown, cpu, CaptureSection())
+    notes = may_fall_back("auto", unknown, cpu, CaptureSection())
     assert notes == ("vLLM's public path is used (vLLM 9.9 is not one of 0.32): several times slower, no entropy",)
-    assert _may_fall_back("flat", None, cpu, CaptureSection()) == ()
+    assert may_fall_back("flat", None, cpu, CaptureSection()) == ()
     gpu = TeacherSection(model="m")
     with pytest.raises(CannotCaptureError, match=r"9\.9 is not one of 0\.32.*set teacher\.public_path = true"):
-        _may_fall_back("auto", unknown, gpu, CaptureSection())
-    assert _may_fall_back("auto", unknown, gpu.model_copy(update={"public_path": True}), CaptureSection()) == notes
-    assert _may_fall_back("flat", None, gpu, CaptureSection()) == ()
+        may_fall_back("auto", unknown, gpu, CaptureSection())
+    assert may_fall_back("auto", unknown, gpu.model_copy(update={"public_path": True}), CaptureSection()) == notes
+    assert may_fall_back("flat", None, gpu, CaptureSection()) == ()
     engine: Any = SimpleNamespace(version="vllm 9.9", notes=notes, score=lambda _: [])
     unit = Unit("0" * 32, SourceSlice("a.txt", "0" * 64, "file", 0, 1), 1)
     taught = teach(engine, ReadUnit(unit, [], []))
