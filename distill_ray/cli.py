@@ -7,6 +7,7 @@ trained on the source that `gc --forget` names, 130 stopped.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `distill-ray`; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        return _dispatch(arguments)
+        return _dispatch(arguments, own_process=argv is None)
     except StoppedError as error:
         resume = _resume_command(arguments, sys.argv[1:] if argv is None else argv)
         print(f"\nstopped: {error}\nnothing finished is lost; resume with:\n  {resume}", file=sys.stderr)
@@ -56,7 +57,7 @@ def _resume_command(arguments: argparse.Namespace, argv: list[str]) -> str:
     return shlex.join([*program, *argv, *version])
 
 
-def _dispatch(arguments: argparse.Namespace) -> int:
+def _dispatch(arguments: argparse.Namespace, *, own_process: bool) -> int:
     if arguments.command == "inspect":
         return _inspect(arguments.uri, verify=arguments.verify)
     recipe = load_recipe(arguments.recipe, root=arguments.root, version=arguments.version)
@@ -78,6 +79,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "render":
         return _render(recipe, arguments)
     if arguments.command == "preview":
+        if own_process and not recipe.teacher.trust_remote_code:  # a model's own code may want torch
+            _hide_torch()
         return _preview(recipe, arguments)
     if arguments.command == "check":
         from distill_ray.cost import forecast_sentence
@@ -91,6 +94,13 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "audit":
         recipe = _with_audit(recipe, arguments)
     return _run(recipe, "export" if arguments.command == "run" else arguments.command, arguments.address)
+
+
+def _hide_torch() -> None:
+    """For this process torch is not installed: a tokenizer does without, and importing it takes the most of `preview`'s
+    time. transformers asks once and keeps the answer, so this is for a process that does nothing else."""
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that PyTorch was not found
 
 
 def _preview(recipe: Recipe, arguments: argparse.Namespace) -> int:

@@ -5,10 +5,10 @@ tensors (`loader`, `batch`, `attention`) is imported from its module at first us
 that only plans does without.
 """
 
+from distill_ray.ingest.cache import UnitCache, open_cache
 from distill_ray.ingest.mixing import check_mix
 from distill_ray.ingest.packing import pack_lengths
 from distill_ray.ingest.plan import BatchPlan, Pack, PlanUnit, SeqRef, batch_id, build_plan
-from distill_ray.ingest.units import UnitCache, open_cache
 
 __all__ = [
     "BatchPlan",

@@ -11,8 +11,8 @@ from typing import Self
 
 from distill_ray.errors import CannotCaptureError
 from distill_ray.ingest.batch import PackedBatch, TargetFormat, collate
+from distill_ray.ingest.cache import UnitCache, open_cache
 from distill_ray.ingest.plan import BatchPlan, Pack, SeqRef, batch_id
-from distill_ray.ingest.units import UnitCache, open_cache
 from distill_ray.storage.base import Storage
 from distill_ray.targets import CaptureIdentity, StoredSequence
 

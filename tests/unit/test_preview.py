@@ -128,12 +128,17 @@ def test_what_is_wrong_is_said_as_check_says_it(capsys, recipe):
     assert cli.main(["preview", str(path), "--documents", "0"]) == 2
 
 
-def test_neither_ray_nor_an_engine_is_loaded(recipe):
-    path = recipe("text", {"a.jsonl": [{"text": "a"}]})
+@pytest.mark.parametrize("own_code", [False, True])
+def test_neither_ray_nor_an_engine_is_loaded_nor_torch_unless_a_models_own_code_may_want_it(capsys, recipe, own_code):
+    path = recipe("messages", {"a.jsonl": [{"messages": chat} for chat in CHATS]})
+    if own_code:
+        path.write_text(path.read_text().replace("[teacher]\n", "[teacher]\ntrust_remote_code = true\n"))
     code = (
-        "import sys\nfrom distill_ray.cli import main\n"
-        f"assert main(['preview', {str(path)!r}]) == 0\n"
-        "print(sorted({'ray', 'vllm', 'deepspeed'} & set(sys.modules)))\n"
+        "import sys; from distill_ray.cli import main; main()\n"
+        "print(sorted(name for name in ('ray', 'vllm', 'deepspeed', 'torch') if sys.modules.get(name)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    done = subprocess.run([sys.executable, "-c", code, "preview", str(path)], capture_output=True, text=True)
+    *lines, loaded = done.stdout.splitlines()
+    assert loaded == ("['torch']" if own_code else "[]")
+    assert done.stderr == ""
+    assert lines == shown(capsys, path).splitlines()
