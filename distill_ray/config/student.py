@@ -38,12 +38,16 @@ class StudentSection(Section):
     """Folder with a `config.json`: a student with random weights, drawn from train.seed."""
     lora: Identity[LoraSection | None] = None
     """Train low-rank adapters only; they are merged at export."""
+    freeze: AddedIdentity[Listed[tuple[str, ...]]] = ()
+    """Weights that stay as they are, by name or glob: `["model.embed_tokens.*", "model.layers.[0-3].*"]`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         given = [n for n in ("model", "teacher_layers", "config") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(f"state exactly one of model, teacher_layers, config; got {given or 'none'}")
+        if self.lora and self.freeze:
+            raise ValueError("lora trains its adapters alone, so freeze has nothing to keep; remove one of them")
         return self
 
 
@@ -53,6 +57,8 @@ class TrainSection(Section):
     mix: AddedIdentity[dict[Uri, Weight]] = Field(default={})
     """How many times each epoch takes the sequences of a source, by URI or glob: `{ "s3://acme/rare/*" = 2.0 }`; 0 to
     1,000, 1 for sources it does not name. A fraction takes another part of the documents in every epoch."""
+    max_steps: AddedIdentity[int | None] = Field(default=None, ge=1)
+    """Optimizer steps after which the run ends, though its epochs hold more; the schedule ends there, too."""
     global_batch_tokens: Identity[int] = Field(default=262_144, ge=8)
     """Tokens of one optimizer step over all workers; a multiple of pack_tokens."""
     pack_tokens: Identity[int] = Field(default=4096, ge=8)
@@ -63,14 +69,19 @@ class TrainSection(Section):
     """Peak learning rate of AdamW."""
     warmup_fraction: Identity[Fraction] = 0.03
     """Share of the steps over which the rate rises from 0."""
+    schedule: AddedIdentity[Literal["cosine", "linear", "constant", "wsd"]] = "cosine"
+    """How the rate falls behind the warm-up: by half a cosine, in a line, not at all, or (warmup, stable, decay) in a
+    line over the last `decay_fraction` of the steps."""
+    decay_fraction: AddedIdentity[Fraction] = 0.2
+    """Share of the steps over which `wsd` falls."""
     final_lr_fraction: Identity[Fraction] = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Where the rate ends, as a share of the peak; `constant` stays at the peak."""
     weight_decay: Identity[float] = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of matrices: norms and biases have none."""
     betas: Identity[Listed[tuple[Fraction, Fraction]]] = (0.9, 0.95)
     """Adam's moment decay rates."""
-    clip_norm: Identity[float] = Field(default=1.0, gt=0)
-    """Global gradient norm above which gradients are scaled down."""
+    clip_norm: Identity[float] = Field(default=1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0: they never are."""
     precision: Identity[Literal["bf16", "fp32"]] = "bf16"
     """Arithmetic of the student."""
     seed: Identity[int] = Field(default=0, ge=0)
@@ -123,6 +134,20 @@ class TrainSection(Section):
         if 0 < value <= 1:
             raise ValueError(f"{value} times the median is met by every second step; use more than 1, say 3, or 0")
         return value
+
+    @model_validator(mode="after")
+    def _rises_before_it_falls(self) -> Self:
+        if self.schedule != "wsd" and self.decay_fraction != type(self).model_fields["decay_fraction"].default:
+            raise ValueError(
+                f'decay_fraction={self.decay_fraction} has no effect on schedule = "{self.schedule}"; remove it or use '
+                '"wsd"'
+            )
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} are more than all "
+                "steps; lower one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from distill_ray import capture, corpus, targets, teacher
@@ -10,6 +11,7 @@ from distill_ray.config import Recipe
 from distill_ray.cost import Basis, Forecast, stage_forecast, stored_forecast
 from distill_ray.forecast.amounts import corpus_amounts
 from distill_ray.forecast.rates import rates
+from distill_ray.schema import Amounts
 from distill_ray.storage import open_storage, stage_folder
 from distill_ray.student.size import weight_count
 from distill_ray.targets import CaptureIdentity
@@ -34,7 +36,7 @@ def predict(recipe: Recipe, identity: CaptureIdentity | None = None) -> Forecast
     found = corpus_amounts(recipe, storage, tokenizer, identity)
     notes = list(found.notes)
     rate = rates(recipe, storage, identity, notes)
-    train, new = found.epoch.times(recipe.train.epochs), found.new
+    train, new = _trained(recipe, found.epoch), found.new
     units = max(1, -(-found.new_bytes // recipe.corpus.unit_bytes))
     _, teachers, _ = capture.teachers_for(recipe, units, found.new_bytes)
     stages = (
@@ -51,6 +53,14 @@ def predict(recipe: Recipe, identity: CaptureIdentity | None = None) -> Forecast
         found.sources, found.bytes, sample.sources, sample.bytes, found.captured_tokens, generates, tuple(notes)
     )
     return Forecast(stages, round(new.rows), stored, basis)
+
+
+def _trained(recipe: Recipe, epoch: Amounts) -> Amounts:
+    """What training goes through; full packs, where it ends with `max_steps`."""
+    section = recipe.train
+    found = epoch.times(section.epochs)
+    most = (section.max_steps or math.inf) * section.global_batch_tokens
+    return found.times(most / found.train_tokens) if found.train_tokens > most else found
 
 
 def _row_bytes(recipe: Recipe, teacher_folder: Path) -> float:

@@ -203,6 +203,7 @@ def build_plan(
     packs_per_batch: int,
     seed: int = 0,
     epochs: int = 1,
+    max_steps: int | None = None,
     max_sequences: int | None = None,
     mix: Mapping[str, float] = MappingProxyType({}),
 ) -> BatchPlan:
@@ -220,6 +221,7 @@ def build_plan(
         packs_per_batch: packed rows of one optimizer step.
         seed: fixes the order; `train` only.
         epochs: passes; `train` only.
+        max_steps: batches at most; `train` only.
         max_sequences: `held_out` only; None takes all.
         mix: weights by source, see `mixing`; 1 where none is stated; `train` only.
 
@@ -249,6 +251,9 @@ def build_plan(
                 f"train.mix={dict(mix)} leaves nothing of {len(s.length_S)} training sequences in {epochs} epoch(s); "
                 "raise a weight, or train.epochs"
             )
+        if max_steps is not None:
+            offsets = offsets[: max_steps * packs_per_batch + 1]
+            order = order[: offsets[-1]]
     else:
         s = s.where(np.lexsort((s.index_S, s.unit_S, s.doc_key_S))[:max_sequences])
         order, offsets = pack_lengths(s.length_S, pack_tokens)

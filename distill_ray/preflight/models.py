@@ -12,6 +12,7 @@ from distill_ray.model_config import ModelShape, model_shape, stated_quantizatio
 from distill_ray.preflight.finding import Finding
 from distill_ray.preflight.weights import check_files, check_weights
 from distill_ray.storage import stage_folder
+from distill_ray.student.frozen import freeze
 from distill_ray.student.lora import check_targets
 from distill_ray.student.size import student_shell
 from distill_ray.teacher import require_ids, resolve_dtype, writing_of
@@ -81,6 +82,8 @@ def check_student(recipe: Recipe, teacher: ModelShape, tokenizer: Any) -> Findin
     found = _cut(recipe, teacher) if section.teacher_layers is not None else _given(recipe, teacher, tokenizer)
     if section.lora is not None:
         check_targets(student_shell(recipe), section.lora)
+    if section.freeze:
+        freeze(student_shell(recipe), section.freeze)
     return found
 
 

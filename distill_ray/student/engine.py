@@ -73,6 +73,16 @@ def engine_config(section: TrainSection, micro_steps: int) -> dict[str, Any]:
     }
 
 
+def optimizer_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained, for AdamW: matrices with the decay, norms and biases without; one group where there is none."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not weight_decay:
+        return [{"params": trained, "weight_decay": 0.0}]
+    parts = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = zip(parts, (weight_decay, 0.0), strict=True)
+    return [{"params": part, "weight_decay": decay} for part, decay in groups if part]
+
+
 class StudentEngine:
     """One rank's view of the training engine. torch.distributed is already initialised.
 
@@ -119,12 +129,8 @@ class StudentEngine:
         deepspeed.init_distributed("nccl" if section.use_gpu else "gloo")
         module.to(device)
         module.train()
-        optimizer = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad],
-            lr=section.learning_rate,
-            betas=section.betas,
-            weight_decay=section.weight_decay,
-        )
+        groups = optimizer_groups(module, section.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas)
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -35,6 +35,7 @@ def make_plan(recipe: Recipe, manifest: RunManifest) -> BatchPlan:
         split="train",
         seed=train.seed,
         epochs=train.epochs,
+        max_steps=train.max_steps,
         mix=train.mix,
         pack_tokens=train.pack_tokens,
         packs_per_batch=train.packs_per_batch,

@@ -189,6 +189,7 @@ class _Run:
         from distill_ray.student.build import build_initial
         from distill_ray.student.engine import StudentEngine
         from distill_ray.student.flops import ModelFlops
+        from distill_ray.student.frozen import freeze
         from distill_ray.student.lora import add_lora
         from distill_ray.student.module import DistillModule, loss_spec, shared_vocabulary
         from distill_ray.student.varlen import FLASH
@@ -202,6 +203,7 @@ class _Run:
         module = DistillModule(model, spec(), lambda step: spec(step=step, steps=self.plan.steps), kernel)
         if module.masked_because is not None:
             self._say(f"attention goes by a mask over each pack, exact but slower: {module.masked_because}")
+        freeze(model, recipe.student.freeze)
         if recipe.student.lora:
             add_lora(model, recipe.student.lora, train.seed)
         if train.gradient_checkpointing:

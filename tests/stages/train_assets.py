@@ -36,7 +36,9 @@ def tiny_recipe(root: Path | str, version: str = "v1", **sections: dict[str, obj
             "global_batch_tokens": 3 * 64,
             "pack_tokens": 64,
             "learning_rate": 5e-3,
-            "warmup_fraction": 0.3,
+            "warmup_fraction": 0.1,
+            "schedule": "wsd",
+            "decay_fraction": 0.9,  # whatever resumes here does so while the rate falls
             "weight_decay": 0.1,
             "clip_norm": 0.7,
             "precision": "fp32",
@@ -148,14 +150,14 @@ class PlainLoop:
         if step < warmup:
             lr = train.learning_rate * (step + 1) / warmup
         else:
-            cosine = (1 + math.cos(math.pi * (step - warmup) / (steps - 1 - warmup))) / 2
-            lr = train.learning_rate * (train.final_lr_fraction + (1 - train.final_lr_fraction) * cosine)
+            falling = min(1.0, (steps - 1 - step) / math.ceil(train.decay_fraction * steps))
+            lr = train.learning_rate * (train.final_lr_fraction + (1 - train.final_lr_fraction) * falling)
         b1, b2 = train.betas
         with torch.no_grad():
             for p, g, m, v in zip(parameters, grads, first, second, strict=True):
                 g = g * shrink
                 m.mul_(b1).add_(g, alpha=1 - b1)
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
-                p.mul_(1 - lr * train.weight_decay)
+                p.mul_(1 - lr * train.weight_decay * (p.ndim > 1))
                 m_hat, v_hat = m / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
                 p.sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))

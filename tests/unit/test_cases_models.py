@@ -117,6 +117,19 @@ def test_03_adapters_on_an_embedding_are_refused_by_check(case: Models) -> None:
     assert "model.embed_tokens of LlamaForCausalLM is of type Embedding" in said
 
 
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        ('"model.embed_tokens.weight", "layers.0.*"', "no weight of LlamaForCausalLM is named 'layers.0.*'"),
+        ('"*"', "student.freeze=['*'] leaves no weight to train"),
+    ],
+)
+def test_weights_that_cannot_be_frozen_are_named_by_check(case: Models, patterns: str, says: str) -> None:
+    code, said = case.check(case.recipe_for_student(f"freeze = [{patterns}]"))
+    assert code == 2
+    assert says in said
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_04_quantised_weights_are_not_trained(case: Models, cut: bool) -> None:
     folder = case.folder / "teacher" if cut else case.student

@@ -94,6 +94,15 @@ def test_every_field_states_its_kind_and_carries_a_docstring():
         ({"train": {"seed": True}}, "train.seed: Input should be a valid integer (got True)"),
         ({"train": {"learning_rate": "1e-3"}}, "train.learning_rate: Input should be a valid number"),
         ({"train": {"zero_stage": True}}, "train.zero_stage: Input should be a valid integer"),
+        (
+            {"train": {"decay_fraction": 0.5}},
+            'decay_fraction=0.5 has no effect on schedule = "cosine"; remove it or use "wsd"',
+        ),
+        (
+            {"train": {"schedule": "wsd", "warmup_fraction": 0.6, "decay_fraction": 0.5}},
+            "warmup_fraction=0.6 and decay_fraction=0.5 are more than all steps; lower one of them",
+        ),
+        ({"student": {"lora": {}, "freeze": ["x"]}}, "freeze has nothing to keep"),
         ({"train": {"zero_stage": 4}}, "train.zero_stage: Input should be less than or equal to 3"),
         ({"train": {"workers": {"max": "2"}}}, "train.workers.max: Input should be a valid integer"),
         ({"student": {"teacher_layers": ["0"]}}, "student.teacher_layers.0: Input should be a valid integer"),

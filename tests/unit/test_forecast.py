@@ -15,6 +15,7 @@ from distill_ray.cost import Basis, Forecast, NodeUsage, Rate, StoredForecast, U
 from distill_ray.errors import UserError
 from distill_ray.evaluate.figures import cost_figures
 from distill_ray.forecast.rates import rates
+from distill_ray.forecast.verb import _trained
 from distill_ray.lease import Lease, document_entry, publish, read_published
 from distill_ray.pipeline import _forecast
 from distill_ray.report import render_html
@@ -55,6 +56,15 @@ def test_hours_and_dollars_by_hand():
     # One GPU a training worker, and no price for it.
     train = stage_forecast(recipe, "train", 3.6e6, 1e6, Rate(500.0, 0.0, "stated"), 2)
     assert (train.device_hours, train.wall_hours, train.dollars) == (2.0, 1.0, None)
+
+
+def test_training_that_ends_with_max_steps_goes_through_so_many_batches():
+    epoch = Amounts(tokens=100.0, train_tokens=60_000.0, train_supervised=6_000.0)
+    batches = {"epochs": 2, "global_batch_tokens": 4096, "pack_tokens": 4096}
+    whole = _trained(_recipe(train=batches | {"max_steps": 30}), epoch)
+    assert (whole.train_tokens, whole.train_supervised) == (120_000, 12_000)
+    cut = _trained(_recipe(train=batches | {"max_steps": 10}), epoch)
+    assert (cut.train_tokens, cut.train_supervised) == pytest.approx((40_960, 4_096))
 
 
 def test_without_a_rate_there_are_tokens_but_no_hours_and_no_dollars():

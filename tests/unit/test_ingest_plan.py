@@ -55,6 +55,16 @@ def test_the_order_of_units_in_the_manifest_does_not_matter():
     assert one.digest != _plan(units, seed=4).digest
 
 
+def test_a_plan_of_fewer_steps_is_the_beginning_of_the_whole_one():
+    units = _corpus()
+    whole, short = _plan(units), _plan(units, max_steps=3)
+    assert short.steps == 3 < whole.steps
+    assert [short.batch(i) for i in range(3)] == [whole.batch(i) for i in range(3)]
+    assert short.tokens == sum(int(whole.lengths(i).sum()) for i in range(3))
+    assert short.digest != whole.digest
+    assert _plan(units, max_steps=10_000).digest == whole.digest
+
+
 def _with(of, **changes):
     return replace(of, summary=replace(of.summary, **changes))
 

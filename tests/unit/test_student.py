@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ from distill_ray.losses import LossSpec, project
 from distill_ray.student.build import build_initial, cut_config, from_teacher_layers
 from distill_ray.student.engine import StudentEngine, check_resumable
 from distill_ray.student.folder import write_folder
+from distill_ray.student.frozen import freeze
 from distill_ray.student.lora import add_lora, merge_lora
 from distill_ray.student.module import DistillModule, loss_spec
 from distill_ray.student.schedule import learning_rate
@@ -30,14 +30,18 @@ from tests.unit.student_fakes import VOCAB, documents, pack, steps_of, tiny_conf
 SPEC = LossSpec(VOCAB, 1.0, 0.2)
 
 
-def test_learning_rate_rises_then_falls_to_its_last_share():
-    section = TrainSection(learning_rate=1.0, warmup_fraction=0.1, final_lr_fraction=0.1)
-    rates = [learning_rate(s, 100, section) for s in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
-    assert learning_rate(0, 1, section.model_copy(update={"warmup_fraction": 0.0})) == pytest.approx(1.0)
+def test_frozen_weights_are_named_as_they_are_and_leave_some_to_train():
+    model = tiny_model(tiny_config(tie_word_embeddings=True))
+    freeze(model, ("lm_head.weight", "model.layers.0.*"))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.startswith("model.layers.1.") or n == "model.norm.weight"
+    }
+    with pytest.raises(
+        UserError, match=r"no weight of LlamaForCausalLM is named 'layers\.0\.\*'; among its names are "
+    ):
+        freeze(model, ("layers.0.*",))
+    with pytest.raises(UserError, match=r"student\.freeze=\['model\.\*'\] leaves no weight to train"):
+        freeze(model, ("model.*",))
 
 
 def test_chosen_layers_of_the_teacher_are_copied_with_their_indices():
@@ -222,37 +226,63 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
 
 
 def test_accumulated_loss_is_normalised_by_the_whole_batch(one_process_group: None):
-    """Very unequal micro-batches: dividing each by its own count would give another curve."""
+    """Very unequal micro-batches: dividing each by its own count would give another curve.
+
+    Norms do not decay, gradients are not clipped, and frozen weights keep every bit.
+    """
     section = TrainSection(
-        precision="fp32", use_gpu=False, zero_stage=2, learning_rate=1e-2, clip_norm=1e9, warmup_fraction=0.0
+        precision="fp32",
+        use_gpu=False,
+        zero_stage=2,
+        learning_rate=1e-2,
+        clip_norm=0,
+        warmup_fraction=0.0,
+        weight_decay=0.5,
     )
+    fixed = ("model.layers.0.*",)
+
+    def module() -> DistillModule:
+        model = tiny_model(config)
+        freeze(model, fixed)
+        return DistillModule(model, SPEC)
+
     config = tiny_config(tie_word_embeddings=True)
     batches = steps_of(np.random.default_rng(1), 3, 3)
-    module = DistillModule(tiny_model(config), SPEC)
-    engine = StudentEngine.start(module, section, micro_steps=3)
+    engine = StudentEngine.start(module(), section, micro_steps=3)
     from deepspeed.comm import comm
 
     assert comm.cdb.shm_comm_op is None, "nothing is compiled on CPUs"
     source = iter(batches)
     results = [engine.train_step(source, 3) for _ in range(3)]
 
-    plain = DistillModule(tiny_model(config), SPEC).train()
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=section.betas, weight_decay=0.0)
+    plain = module().train()
+    norms = [p for n, p in plain.named_parameters() if "norm" in n]
+    others = [p for n, p in plain.named_parameters() if "norm" not in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": norms, "weight_decay": 0.0}, {"params": others, "weight_decay": 0.5}], lr=1.0, betas=section.betas
+    )
     for step, result in enumerate(results):
         micro = [b for b in batches if b.step == step]
         loss = torch.stack([plain(b)[0] for b in micro]).sum() / sum(len(b.rows) for b in micro)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
-        optimizer.param_groups[0]["lr"] = learning_rate(step, 3, section)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 3, section)
         optimizer.step()
         assert result.loss == pytest.approx(float(loss.detach()), rel=1e-5)
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
         assert result.tokens == sum(len(b.rows) for b in micro)
     state = engine.export_state()
     assert state is not None
-    trained = dict(plain.named_parameters())
-    torch.testing.assert_close(state["model.norm.weight"], trained["body.norm.weight"].detach(), rtol=1e-4, atol=1e-5)
+    trained, before = dict(plain.named_parameters()), tiny_model(config).state_dict()
+    for name, weight in state.items():
+        if name.startswith("model.layers.0."):
+            assert torch.equal(weight, before[name])
+        elif name != "lm_head.weight":
+            expected = trained[name.replace("model.", "body.", 1)].detach()
+            torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+            assert not torch.equal(weight, before[name])
 
 
 def test_another_stage_is_refused_with_the_remedy():
