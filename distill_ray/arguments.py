@@ -74,6 +74,20 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="TOML recipe; see jobs/recipes/")
     parser.add_argument("--root", help="replaces storage.root: a local folder or s3://bucket/prefix")
     parser.add_argument("--version", help="version of the run (default: the recipe's, else the ISO week)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="SECTION.KEY=VALUE",
+        help="replaces a value of the recipe, written as there: train.epochs=3 (may be repeated)",
+    )
+
+
+def changing(arguments: argparse.Namespace) -> list[str]:
+    """The options again that change what the recipe says, but for its version."""
+    root = ["--root", arguments.root] if arguments.root is not None else []
+    return [*root, *(word for change in arguments.changes for word in ("--set", change))]
 
 
 def _job_arguments(commands: Any) -> None:

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from distill_ray.arguments import parser
+from distill_ray.arguments import changing, parser
 from distill_ray.config import Recipe, load_recipe, parse_recipe
 from distill_ray.errors import DistillError, StoppedError, UserError
 
@@ -46,13 +46,17 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
 
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    return load_recipe(arguments.recipe, root=arguments.root, version=arguments.version, changes=arguments.changes)
+
+
 def _resume_command(arguments: argparse.Namespace, argv: list[str]) -> str:
     """This very command for a shell, with the version spelt out: next week's default would be another run."""
     import shlex
     import shutil
 
     program = ["distill-ray"] if shutil.which("distill-ray") else [sys.executable, "-m", "distill_ray"]
-    recipe = load_recipe(arguments.recipe, root=arguments.root, version=arguments.version)
+    recipe = _recipe(arguments)
     version = [] if arguments.version else ["--version", recipe.version]
     return shlex.join([*program, *argv, *version])
 
@@ -60,7 +64,7 @@ def _resume_command(arguments: argparse.Namespace, argv: list[str]) -> str:
 def _dispatch(arguments: argparse.Namespace, *, own_process: bool) -> int:
     if arguments.command == "inspect":
         return _inspect(arguments.uri, verify=arguments.verify)
-    recipe = load_recipe(arguments.recipe, root=arguments.root, version=arguments.version)
+    recipe = _recipe(arguments)
     if arguments.command == "status":
         from distill_ray.status import status
 
@@ -73,7 +77,7 @@ def _dispatch(arguments: argparse.Namespace, *, own_process: bool) -> int:
     if arguments.command in ("submit", "logs", "stop"):
         from distill_ray.submit.verb import job_command
 
-        return job_command(recipe, arguments)
+        return job_command(recipe, arguments, changing(arguments))
     if arguments.command == "gc":
         return _gc(recipe, arguments)
     if arguments.command == "render":
@@ -144,7 +148,7 @@ def _render(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from distill_ray import render
 
     text = Path(arguments.recipe).read_text(encoding="utf-8")
-    documents = render.manifests(recipe, text, arguments.kind, root=arguments.root)
+    documents = render.manifests(recipe, text, arguments.kind, tuple(changing(arguments)))
     if arguments.create:
         print("\n".join(render.create(documents, render.ApiServer.of_this_pod())))
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -169,16 +170,19 @@ def parse_recipe(
         raise UserError(_explain(error, origin)) from None
 
 
-def load_recipe(path: str | Path, *, root: str | None = None, version: str | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, *, root: str | None = None, version: str | None = None, changes: Sequence[str] = ()
+) -> Recipe:
     """Read and validate a TOML recipe.
 
     Args:
         path: the recipe file.
+        changes: what replaces its values, each `section.key=value` with the value as TOML has it; a bare word is text.
         root: replaces `storage.root` (a local folder or `s3://…`).
         version: replaces `version` (default: the ISO week of today, UTC).
 
     Raises:
-        UserError: the file is missing, is not TOML, or breaks a rule.
+        UserError: the file is missing, is not TOML, or breaks a rule; a change is not written so.
     """
     path = Path(path)
     try:
@@ -187,4 +191,21 @@ def load_recipe(path: str | Path, *, root: str | None = None, version: str | Non
         raise UserError(f"recipe {path} does not exist; shipped ones lie in jobs/recipes/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
+    for change in changes:
+        _apply(data, change)
     return parse_recipe(data, str(path), root=root, version=version)
+
+
+def _apply(data: dict[str, Any], change: str) -> None:
+    key, equals, text = (part.strip() for part in change.partition("="))
+    *sections, last = key.split(".")
+    if not (equals and text and last and all(sections)):
+        raise UserError(f"--set {change!r}: write section.key=value, such as train.epochs=3")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {change!r}: {section} is a value of the recipe, not a section")
+    try:
+        (data[last],) = tomllib.loads(f"value = {text}").values()
+    except ValueError:  # no TOML, or more than one value
+        data[last] = text

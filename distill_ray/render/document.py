@@ -15,14 +15,14 @@ from distill_ray.render.raycluster import cluster_spec
 KINDS = ("rayjob", "raycronjob", "cronjob", "raycluster")
 
 
-def manifests(recipe: Recipe, text: str, kind: str, *, root: str | None = None) -> list[Manifest]:
+def manifests(recipe: Recipe, text: str, kind: str, options: tuple[str, ...] = ()) -> list[Manifest]:
     """What `kubectl apply` makes a run, a weekly run or a cluster from.
 
     Args:
         recipe: the parsed recipe; its version is the run's.
         text: the recipe's TOML, which the driver reads again on the cluster.
         kind: one of KINDS.
-        root: replaces storage.root there, as it did when the recipe was parsed.
+        options: of the command line that changed the recipe when it was parsed (--root, --set), and do so there.
 
     Returns:
         The documents, in an order in which each finds what it refers to.
@@ -41,7 +41,7 @@ def manifests(recipe: Recipe, text: str, kind: str, *, root: str | None = None) 
     if kind == "rayjob":
         name = run_name(recipe)
         recipe_map = _recipe_map(recipe, name, text)
-        return [*accounts, recipe_map, jobs.rayjob(recipe, name, recipe_map["metadata"]["name"], root)]
+        return [*accounts, recipe_map, jobs.rayjob(recipe, name, recipe_map["metadata"]["name"], options)]
     if "version" in recipe.model_fields_set:
         raise UserError(
             f"version={recipe.version!r} is stated, and a weekly job would do that one run again and again; leave it "
@@ -49,7 +49,7 @@ def manifests(recipe: Recipe, text: str, kind: str, *, root: str | None = None) 
         )
     recipe_map = _recipe_map(recipe, weekly_name(recipe), text)
     weekly = jobs.raycronjob if kind == "raycronjob" else jobs.cronjob
-    made = weekly(recipe, recipe_map["metadata"]["name"], root)
+    made = weekly(recipe, recipe_map["metadata"]["name"], options)
     return [*accounts, recipe_map, *(made if isinstance(made, list) else [made])]
 
 

@@ -20,19 +20,19 @@ _CATCH_UP_S = 6 * 86400
 captures what is new of both weeks by itself."""
 
 
-def rayjob(recipe: Recipe, name: str, recipe_map: str, root: str | None) -> Manifest:
+def rayjob(recipe: Recipe, name: str, recipe_map: str, options: tuple[str, ...]) -> Manifest:
     """The RayJob of one version."""
     job: Manifest = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": _metadata(recipe, name) | _elastic(recipe),
-        "spec": _job_spec(recipe, recipe_map, _run(root, shlex.quote(recipe.version)), submission_id(recipe)),
+        "spec": _job_spec(recipe, recipe_map, _run(options, shlex.quote(recipe.version)), submission_id(recipe)),
     }
     job["metadata"]["labels"] |= {"distill-ray/version": recipe.version} | _queued(recipe)
     return job
 
 
-def raycronjob(recipe: Recipe, recipe_map: str, root: str | None) -> Manifest:
+def raycronjob(recipe: Recipe, recipe_map: str, options: tuple[str, ...]) -> Manifest:
     """A RayCronJob: alpha in KubeRay 1.7, with no concurrencyPolicy.
 
     Two of its jobs at once are two clusters with one version: the run's lease lets one of them write, and the other
@@ -47,7 +47,7 @@ def raycronjob(recipe: Recipe, recipe_map: str, root: str | None) -> Manifest:
             "would never admit them; use --kind cronjob, or leave the queue out"
         )
     # The version is known when the job starts, on the head, whose shell expands this.
-    entrypoint = _run(root, '"$(python -m distill_ray.render.week)"')
+    entrypoint = _run(options, '"$(python -m distill_ray.render.week)"')
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayCronJob",
@@ -61,10 +61,9 @@ def raycronjob(recipe: Recipe, recipe_map: str, root: str | None) -> Manifest:
     }
 
 
-def cronjob(recipe: Recipe, recipe_map: str, root: str | None) -> list[Manifest]:
+def cronjob(recipe: Recipe, recipe_map: str, options: tuple[str, ...]) -> list[Manifest]:
     """A plain CronJob whose pod renders this week's RayJob and creates it, with the rights that it needs for that."""
-    command = ["distill-ray", "render", _RECIPE, "--kind", "rayjob", "--create"]
-    command += ["--root", root] if root is not None else []
+    command = ["distill-ray", "render", _RECIPE, "--kind", "rayjob", "--create", *options]
     container: Manifest = {
         "name": "render",
         "image": image_of(recipe, DRIVER_ROLE),
@@ -121,9 +120,8 @@ def _job_spec(recipe: Recipe, recipe_map: str, entrypoint: str, job_id: str) -> 
     }
 
 
-def _run(root: str | None, version: str) -> str:
-    where = f" --root {shlex.quote(root)}" if root is not None else ""
-    return f"distill-ray run {_RECIPE}{where} --version {version} --address auto"
+def _run(options: tuple[str, ...], version: str) -> str:
+    return f"{shlex.join(['distill-ray', 'run', _RECIPE, *options])} --version {version} --address auto"
 
 
 def _metadata(recipe: Recipe, name: str) -> Manifest:

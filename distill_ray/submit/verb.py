@@ -12,8 +12,14 @@ from distill_ray.submit.follow import show_logs, wait
 from distill_ray.submit.job import stop, submit
 
 
-def job_command(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    """Do what the arguments say; returns the exit code. Ctrl-C while a log is shown leaves the job alone."""
+def job_command(recipe: Recipe, arguments: argparse.Namespace, options: list[str]) -> int:
+    """Do what the arguments say; returns the exit code. Ctrl-C while a log is shown leaves the job alone.
+
+    Args:
+        recipe: of the run.
+        arguments: of the command line.
+        options: those among them that changed the recipe, for the commands that are named.
+    """
     client = connect(arguments.address)
     if arguments.command == "stop":
         print(stop(client, recipe))
@@ -21,13 +27,13 @@ def job_command(recipe: Recipe, arguments: argparse.Namespace) -> int:
     try:
         if arguments.command == "logs":
             return show_logs(client, recipe, follow=arguments.follow)
-        return _submit(client, recipe, arguments)
+        return _submit(client, recipe, arguments, options)
     except KeyboardInterrupt:
-        print(f"\ndetached; the job goes on\n{_next(recipe, arguments)}", file=sys.stderr)
+        print(f"\ndetached; the job goes on\n{_next(recipe, arguments, options)}", file=sys.stderr)
         return 130
 
 
-def _submit(client: Client, recipe: Recipe, arguments: argparse.Namespace) -> int:
+def _submit(client: Client, recipe: Recipe, arguments: argparse.Namespace, options: list[str]) -> int:
     submitted = submit(client, recipe, arguments.until)
     if submitted.attached:
         print(f"attached to {submitted.submission_id}, which brings the run up to {submitted.until}")
@@ -35,14 +41,13 @@ def _submit(client: Client, recipe: Recipe, arguments: argparse.Namespace) -> in
         print(f"submitted {submitted.submission_id}")
     if arguments.wait:
         return wait(client, recipe, submitted)
-    print(_next(recipe, arguments))
+    print(_next(recipe, arguments, options))
     return 0
 
 
-def _next(recipe: Recipe, arguments: argparse.Namespace) -> str:
+def _next(recipe: Recipe, arguments: argparse.Namespace, options: list[str]) -> str:
     """The commands that belong to this very run, also next week."""
-    root = ["--root", arguments.root] if arguments.root else []
-    rest = [arguments.recipe, *root, "--version", recipe.version, "--address", arguments.address]
+    rest = [arguments.recipe, *options, "--version", recipe.version, "--address", arguments.address]
     lines = [
         ("follow", ["logs", *rest, "--follow"]),
         ("stop", ["stop", *rest]),

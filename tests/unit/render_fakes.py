@@ -30,9 +30,9 @@ def recipe_of(version: str | None = "2026-W48", **sections: dict[str, Any]) -> R
     return parse_recipe({"name": name, **merged}, version=version)
 
 
-def rendered(kind: str, recipe: Recipe, root: str | None = None) -> list[dict[str, Any]]:
+def rendered(kind: str, recipe: Recipe, *options: str) -> list[dict[str, Any]]:
     """All documents of a kind."""
-    return render.manifests(recipe, TEXT, kind, root=root)
+    return render.manifests(recipe, TEXT, kind, options)
 
 
 def of_kind(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:

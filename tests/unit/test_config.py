@@ -193,6 +193,43 @@ def test_reports_every_problem_at_once():
         assert part in str(caught.value)
 
 
+def test_changes_are_values_as_toml_has_them_and_part_of_the_identity(tmp_path: Path):
+    path = REPO / "jobs" / "recipes" / "quickstart.cpu.toml"
+    plain = load_recipe(path)
+    changes = [
+        "train.epochs = 7",
+        "corpus.format=text",
+        'train.mix={"a/*" = 2.0}',
+        "teacher.replicas.max=5",
+        "version=7a",
+    ]
+    found = load_recipe(path, changes=changes)
+    assert (found.train.epochs, found.corpus.format, found.version) == (7, "text", "7a")
+    assert (list(found.train.mix.values()), found.teacher.replicas.max) == ([2.0], 5)
+    assert fingerprint(identity_of(found.train)) != fingerprint(identity_of(plain.train))
+    assert load_recipe(path, changes=["storage.root=/a", "train.epochs=1"], root="/b").storage.root == "/b"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("train.epochs", "--set 'train.epochs': write section.key=value"),
+        ("=3", "--set '=3': write section.key=value"),
+        ("train..epochs=3", "write section.key=value"),
+        ("train.epochs=", "write section.key=value"),
+        ("name.short=x", "--set 'name.short=x': name is a value of the recipe, not a section"),
+        ("train.epochs=three", "train.epochs: Input should be a valid integer (got 'three')"),
+        ("train.epochs=3\nmax_steps=4", "train.epochs: Input should be a valid integer"),
+        ("train.epoch=3", "train.epoch: unknown key"),
+        ("trian.epochs=3", "trian: unknown key"),
+    ],
+)
+def test_a_change_that_is_none_is_named(change: str, says: str):
+    with pytest.raises(UserError) as caught:
+        load_recipe(REPO / "jobs" / "recipes" / "quickstart.cpu.toml", changes=[change])
+    assert says in str(caught.value)
+
+
 def test_missing_and_malformed_files(tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         load_recipe(tmp_path / "none.toml")

@@ -201,9 +201,12 @@ def test_the_recipe_travels_and_the_head_finds_it():
     assert (arguments.version, arguments.address, arguments.root) == ("2026-W48", "auto", None)
 
 
-def test_a_root_given_to_render_is_given_to_the_run():
-    job = of_kind(rendered("rayjob", recipe_of(), root="s3://other/it's"), "RayJob")
-    assert parser().parse_args(shlex.split(job["spec"]["entrypoint"])[1:]).root == "s3://other/it's"
+def test_what_changed_the_recipe_for_render_changes_it_for_the_run():
+    changes = ('corpus.text_column="it\'s $HOME"', "train.epochs=3")
+    options = ("--root", "s3://other/it's", "--set", changes[0], "--set", changes[1])
+    job = of_kind(rendered("rayjob", recipe_of(), *options), "RayJob")
+    found = parser().parse_args(shlex.split(job["spec"]["entrypoint"])[1:])
+    assert (found.root, tuple(found.changes), found.version) == ("s3://other/it's", changes, "2026-W48")
 
 
 def test_the_recipe_s_text_survives_yaml(tmp_path: Path):

@@ -88,12 +88,12 @@ def test_the_cronjob_starts_one_at_a_time_and_catches_up():
 
 
 def test_the_cronjob_s_pod_gives_a_command_that_there_is():
-    documents = rendered("cronjob", recipe_of(None), root="s3://other/root")
+    documents = rendered("cronjob", recipe_of(None), "--root", "s3://other/root", "--set", "train.epochs=3")
     pod = of_kind(documents, "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     arguments = parser().parse_args(container["command"][1:])
     assert (arguments.command, arguments.kind, arguments.create) == ("render", "rayjob", True)
-    assert (arguments.version, arguments.root) == (None, "s3://other/root")
+    assert (arguments.version, arguments.root, arguments.changes) == (None, "s3://other/root", ["train.epochs=3"])
     mounted = of_kind(documents, "ConfigMap")["metadata"]["name"]
     assert pod["volumes"] == [{"name": "recipe", "configMap": {"name": mounted}}]
     allowed = {(r, v) for rule in of_kind(documents, "Role")["rules"] for r in rule["resources"] for v in rule["verbs"]}
