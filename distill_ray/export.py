@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_ray.config import Recipe
+from distill_ray.config.naming import model_name
 from distill_ray.errors import DistillError, IntegrityError
 from distill_ray.lease import (
     LeaseToken,
@@ -138,8 +139,9 @@ def _make_folder(
     recipe: Recipe, storage: Storage, student: dict[str, Any], report: dict[str, Any], folder: Path
 ) -> None:
     convert_folder(stage_student(storage, student), folder, recipe.export.dtype)
-    section = recipe.export
-    card = model_card(report, teacher=_teacher_name(recipe), licence=section.licence, dtype=section.dtype)
+    section, teacher = recipe.export, _teacher_name(recipe)
+    base = None if recipe.student.config else model_name(recipe.student.model or recipe.teacher.model)
+    card = model_card(report, teacher=teacher, base=base, licence=section.licence, dtype=section.dtype)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -227,6 +229,5 @@ def _latest_moved_away(recipe: Recipe, storage: Storage, entry: dict[str, Any], 
 
 
 def _teacher_name(recipe: Recipe) -> str:
-    """The teacher without its location, which may be private."""
-    name = recipe.teacher.model.rstrip("/").rpartition("/")[2]
+    name = model_name(recipe.teacher.model)
     return f"{name}@{recipe.teacher.revision}" if recipe.teacher.revision else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from distill_ray import cost
 from distill_ray import report as reports
 from distill_ray.config import Recipe, fingerprint, identity_of
+from distill_ray.config.naming import model_name
 from distill_ray.errors import IntegrityError
 from distill_ray.lease import read_document, read_published
 from distill_ray.registry import read_latest
@@ -35,18 +37,34 @@ def recipe_fields(recipe: Recipe, manifest: RunManifest) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def run_identity(recipe: Recipe, manifest: RunManifest, student_sha256: str) -> reports.RunIdentity:
-    """What was computed, by fingerprint."""
+def run_identity(
+    recipe: Recipe, manifest: RunManifest, student_sha256: str, began: Mapping[str, Any] = MappingProxyType({})
+) -> reports.RunIdentity:
+    """What was computed, by fingerprint.
+
+    Args:
+        began: what the run's record says that it was started with.
+    """
+    section, teacher = recipe.student, fingerprint(dict(manifest.identity.teacher))
+    if section.teacher_layers is not None:
+        layers = ", ".join(map(str, section.teacher_layers))
+        start, weights = f"layers {layers} of {model_name(recipe.teacher.model)}", teacher
+    elif section.config is not None:
+        start, weights = f"random weights, seed {recipe.train.seed}, of {model_name(section.config)}", ""
+    else:
+        start, weights = model_name(section.model or ""), fingerprint(dict(began.get("student_weights", {})))
     return reports.RunIdentity(
         name=recipe.name,
         version=recipe.version,
         capture=manifest.identity.fingerprint,
         units=len(manifest.units),
         corpus=manifest.corpus,
-        teacher=fingerprint(dict(manifest.identity.teacher)),
+        teacher=teacher,
         tokenizer=manifest.identity.tokenizer,
         student=student_sha256,
         recipe=fingerprint(recipe_fields(recipe, manifest)),
+        start=start,
+        start_weights=weights,
     )
 
 

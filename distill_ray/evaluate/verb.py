@@ -102,7 +102,9 @@ def run(
     report = reports.build_report(
         evaluation,
         recipe=recipe_fields(recipe, manifest),
-        identity=run_identity(recipe, manifest, str(published["student"]["sha256"])),
+        identity=run_identity(
+            recipe, manifest, str(published["student"]["sha256"]), published.get("identity", {}).get("of", {})
+        ),
         timings=reports.Timings(
             seconds,
             rates(manifest, history, evaluation.tokens_per_s),

@@ -36,6 +36,10 @@ class RunIdentity:
     """Fingerprint of the trained weights' manifest."""
     recipe: str
     """Fingerprint of the report's `recipe`: the recipe's identity fields, [export] left out."""
+    start: str = ""
+    """What the student was before training, without its location."""
+    start_weights: str = ""
+    """Its weights identity; empty where they are drawn from a seed."""
 
 
 @dataclass(frozen=True)

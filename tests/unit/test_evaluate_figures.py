@@ -58,6 +58,20 @@ def _recipe_fingerprint(recipe: Recipe) -> str:
     return run_identity(recipe, _manifest(([3], 1.0)), "student").recipe
 
 
+def test_the_student_before_training_is_named_without_its_place() -> None:
+    manifest = _manifest(([3], 1.0))
+    began = {"student_weights": {"sha256": "w"}}
+    given = run_identity(
+        _recipe(student={"teacher_layers": None, "model": "s3://secret/place/small/"}), manifest, "s", began
+    )
+    assert (given.start, given.start_weights) == ("small", fingerprint({"sha256": "w"}))
+    cut = run_identity(_recipe(student={"teacher_layers": [0, 3]}), manifest, "s")
+    assert cut.start.startswith("layers 0, 3 of ")
+    assert cut.start_weights == cut.teacher
+    drawn = run_identity(_recipe(student={"teacher_layers": None, "config": "/secret/tiny"}), manifest, "s")
+    assert (drawn.start, drawn.start_weights) == ("random weights, seed 0, of tiny", "")
+
+
 def test_the_recipes_fingerprint_is_of_what_the_figures_rest_on() -> None:
     stated = _recipe_fingerprint(_recipe())
     assert stated == _recipe_fingerprint(_recipe(teacher={"dtype": "bfloat16"}))
@@ -71,7 +85,7 @@ def test_the_card_shows_the_reports_fingerprint_beside_the_fields_it_covers() ->
     report, _ = _report({})
     report["identity"]["recipe"] = run_identity(recipe, manifest, "student").recipe
     report["recipe"] = recipe_fields(recipe, manifest)
-    card = model_card(report, teacher="llama", licence="mit", dtype="float32")
+    card = model_card(report, teacher="llama", base=None, licence="mit", dtype="float32")
     shown = json.loads(card.split("```json\n")[1].split("```")[0])
     assert f"| recipe fingerprint | `{fingerprint(shown)}` |" in card
     assert shown["teacher"]["dtype"] == "bfloat16"

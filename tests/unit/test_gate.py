@@ -199,7 +199,7 @@ def test_page_and_card_show_what_was_not_judged():
     ):
         assert text in page, text
     assert "All bounds hold" not in page
-    assert "not judged: after.kl_t1 = 0.3" in model_card(now, teacher="t", licence="l", dtype="float32")
+    assert "not judged: after.kl_t1 = 0.3" in model_card(now, teacher="t", base="t", licence="l", dtype="float32")
 
 
 def test_a_bare_number_without_a_direction_never_reaches_a_verdict():

@@ -198,8 +198,13 @@ def _report(
     kept.add(-np.random.default_rng(0).exponential(3, N))
     report = build_report(
         Evaluation(*sums, kept_mass=kept, tokens_per_s=1234.5),
-        recipe={"capture": {"top_k": 64}},
-        identity=RunIdentity("triage", "2026-W47", "c" * 32, 3, "d" * 32, "t<e>acher", "k" * 32, "s" * 64, "r" * 32),
+        recipe={
+            "capture": {"top_k": 64},
+            "loss": {"objective": "bucket", "temperature": 2.0, "hard_label_weight": 0.25},
+        },
+        identity=RunIdentity(
+            "triage", "2026-W47", "c" * 32, 3, "d" * 32, "t<e>acher", "k" * 32, "s" * 64, "r" * 32, "small", "b" * 32
+        ),
         timings=Timings({"capture": 12.5, "train": 60.0}, {"teacher": 500.0, "train": 900.0, "evaluate": 1234.5}, 1),
         tokens=TokenCounts(captured=1000, reused=200, supervised_train=2400, held_out=N),
         targets=TargetFigures(
@@ -377,21 +382,41 @@ def test_model_card_front_matter_is_yaml_with_lineage() -> None:
     import yaml
 
     report, _ = _report({"kl_t1": 0.5})
-    card = model_card(report, teacher="llama: 70b", licence="apache-2.0", dtype="float16")
+    card = model_card(report, teacher="llama: 70b", base="small: 1b", licence="apache-2.0", dtype="float16")
     _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front) | {"license": "apache-2.0", "base_model": "llama: 70b"} == yaml.safe_load(front)
+    assert yaml.safe_load(front) | {"license": "apache-2.0", "base_model": "small: 1b"} == yaml.safe_load(front)
     for text in (
         "c" * 32,
         "d" * 32,
         "r" * 32,
         "s" * 64,
         "t<e>acher",
+        "| student before training | small |",
+        "b" * 32,
+        "objective `bucket`, temperature 2, weight of the hard labels 0.25",
         "apache-2.0",
         '"top_k": 64',
         "| float16 |",
         "passed",
     ):
         assert text in body, text
+
+
+def test_the_hubs_own_reader_finds_the_figures_in_the_card() -> None:
+    from huggingface_hub import ModelCard
+
+    report, _ = _report({})
+    read = ModelCard(model_card(report, teacher="t", base=None, licence="mit", dtype="float16")).data
+    assert (read.license, read.base_model, read.model_name) == ("mit", None, "triage 2026-W47")
+    assert {found.metric_type: found.metric_value for found in read.eval_results} == {
+        name: report["after"][name] for name in ("perplexity", "kl_t1", "top1_agreement", "ece", "acceptance", "rows")
+    }
+
+
+def test_a_card_of_a_report_that_does_not_know_its_start_says_nothing_of_it() -> None:
+    report, _ = _report({})
+    del report["identity"]["start"], report["identity"]["start_weights"]
+    assert "before training" not in model_card(report, teacher="t", base="t", licence="mit", dtype="float16")
 
 
 def test_the_printed_table_has_aligned_columns() -> None:
