@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_ray import checkpoints
 from distill_ray.config import Recipe
 from distill_ray.config.naming import model_name
 from distill_ray.errors import DistillError, IntegrityError
@@ -119,6 +120,8 @@ def run(
     model = {"key": entry["key"], "sha256": entry["sha256"], "figures": report["after"]}
     reason = _move_latest(recipe, storage, token, model, report)
     _remove_others(recipe, storage, token, entry)
+    if not recipe.train.keep_checkpoints_after_export:
+        checkpoints.release(storage, token)
     # Published last: a driver killed before this line decides and clears up again when it is run again.
     decided = {"export": entry["sha256"], "passed": passed, "reason": reason, "model": model}
     publish(storage, token, LATEST, decided)

@@ -6,7 +6,7 @@ over what its successor published.
 """
 
 from distill_ray.checkpoints.manifest import Manifest, StoredFile, latest_whole, load_manifest, problems_of
-from distill_ray.checkpoints.retention import prune
+from distill_ray.checkpoints.retention import prune, release
 from distill_ray.checkpoints.shards import publish, restore, upload
 from distill_ray.checkpoints.universal import forget_universal, store_universal, universal_of
 
@@ -19,6 +19,7 @@ __all__ = [
     "problems_of",
     "prune",
     "publish",
+    "release",
     "restore",
     "store_universal",
     "universal_of",

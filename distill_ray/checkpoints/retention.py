@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Which checkpoints stay, and for how long."""
 
 from __future__ import annotations
 
@@ -40,6 +40,17 @@ def prune(storage: Storage, token: LeaseToken, *, keep: int, multiples_of: int =
         _delete_folder(storage, _folder(entries[step]))
     _sweep(storage, token, {_folder(entries[s]) for s in kept})
     return dropped
+
+
+def release(storage: Storage, token: LeaseToken) -> None:
+    """Take all checkpoints out of the lease record: `gc` removes their objects, as it does what nobody refers to.
+
+    Raises:
+        LeaseLostError: another driver owns the run.
+    """
+    for step in published_checkpoints(storage, token.run_prefix):
+        publish_entry(storage, token, PUBLISHED_PREFIX + step_name(step), None)
+        forget_universal(storage, token, step)
 
 
 def _best(entries: dict[int, dict[str, Any]]) -> list[int]:

@@ -116,6 +116,8 @@ class TrainSection(Section):
     """Newest checkpoints kept, beside the best."""
     keep_every: Placement[int] = Field(default=0, ge=0)
     """Also keep every so many-th checkpoint, those of steps that keep_every × checkpoint_every divides; 0: none."""
+    keep_checkpoints_after_export: Placement[bool] = False
+    """Keep them for good. Else nothing refers to them once the student is exported, and `gc` removes them."""
     max_failures: Placement[int] = Field(default=3, ge=0)
     """Restarts of the worker group within one command, after failures."""
     max_preemption_failures: Placement[int] = Field(default=-1, ge=-1)

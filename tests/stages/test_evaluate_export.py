@@ -187,7 +187,10 @@ def _report(run: Run, passed: bool = True) -> dict[str, Any]:
         **dict.fromkeys(("teacher", "before", "after"), figures),
         "identity": {**identity, "name": "tiny", "version": run.recipe.version, "units": 2},
         "gate": {"kl_t1": bound},
-        "recipe": {"student": {"teacher_layers": [0]}},
+        "recipe": {
+            "student": {"teacher_layers": [0]},
+            "loss": {"objective": "bucket", "temperature": 1.0, "hard_label_weight": 0.0},
+        },
     }
 
 
@@ -235,6 +238,13 @@ def test_a_second_export_touches_nothing(trained: Run) -> None:
     before = _versions(trained)
     assert _export(trained).is_latest
     assert _versions(trained) == before
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_checkpoints_are_released_once_the_export_stands_unless_the_recipe_keeps_them(trained: Run, keep: bool) -> None:
+    publish(trained.storage, trained.token, "checkpoint/step-00000001", {"key": "c", "sha256": "s", "step": 1})
+    _export(trained.with_(train={"keep_checkpoints_after_export": keep}))
+    assert ("checkpoint/step-00000001" in trained.published) == keep
 
 
 @pytest.mark.parametrize("damage", ["unpublished", "missing weights", "short tokenizer", "stray shard", "other dtype"])

@@ -118,6 +118,20 @@ def test_pruning_keeps_the_newest_and_the_best_and_deletes_the_rest(
     assert folders == {f"step-{s:08d}" for s in kept}
 
 
+def test_released_checkpoints_are_in_no_record_and_their_objects_still_lie_there(
+    storage: Storage, token: LeaseToken, tmp_path: Path
+) -> None:
+    manifest = save(storage, token, tmp_path, 2)
+    save(storage, token, tmp_path, 4)
+    checkpoints.store_universal(storage, token, manifest, tmp_path / "rank0")
+    before = {info.key for info in storage.list(f"{RUN}/checkpoints/")}
+    checkpoints.release(storage, token)
+    assert not [name for name in read_published(storage, RUN) if name.startswith(("checkpoint/", "universal/"))]
+    assert {info.key for info in storage.list(f"{RUN}/checkpoints/")} == before
+    assert checkpoints.latest_whole(storage, RUN) is None
+    checkpoints.release(storage, token)
+
+
 def test_every_so_many_th_checkpoint_stays_beside_the_newest_and_the_best(
     storage: Storage, token: LeaseToken, tmp_path: Path
 ) -> None:
