@@ -52,7 +52,8 @@ def run_identity(
     elif section.config is not None:
         start, weights = f"random weights, seed {recipe.train.seed}, of {model_name(section.config)}", ""
     else:
-        start, weights = model_name(section.model or ""), fingerprint(dict(began.get("student_weights", {})))
+        given = began.get("student_weights")
+        start, weights = model_name(section.model or ""), fingerprint(dict(given)) if given else ""
     return reports.RunIdentity(
         name=recipe.name,
         version=recipe.version,

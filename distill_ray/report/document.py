@@ -39,7 +39,7 @@ class RunIdentity:
     start: str = ""
     """What the student was before training, without its location."""
     start_weights: str = ""
-    """Its weights identity; empty where they are drawn from a seed."""
+    """Its weights identity; empty where they are drawn from a seed, or the run's record does not say."""
 
 
 @dataclass(frozen=True)
