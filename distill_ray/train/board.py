@@ -31,6 +31,8 @@ class Board:
         self._final = False
         self._placed = False
         self._sized = False
+        self._groups = 0
+        self._out_of_memory: dict[int, int] = {}
 
     def size(self) -> None:
         """An elastic group's number of workers has been chosen, so Ray Train now asks for their places."""
@@ -51,6 +53,7 @@ class Board:
     def start(self, step: int) -> None:
         """The workers are ready and go on from `step`: what a group before them failed with is mended."""
         self._leave = False
+        self._groups += 1
         if not self._final:
             self._error = None
         self._news.steps.append({"start": step})
@@ -72,6 +75,10 @@ class Board:
         """A worker's error; a `final` one must not be tried again."""
         if not self._final:
             self._error, self._final = error, final
+
+    def out_of_memory(self, step: int) -> bool:
+        """A worker ran out of memory at `step`; whether a group before its own did there, too."""
+        return self._out_of_memory.setdefault(step, self._groups) != self._groups
 
     def final_error(self) -> bool:
         """Whether a restarted worker group must give up at once."""

@@ -18,6 +18,7 @@ from distill_ray.train import preemption
 from distill_ray.train.bad_loss import check, line_of, spike_bound
 from distill_ray.train.board import GO, LEAVE, STOP
 from distill_ray.train.history import HistoryUpload
+from distill_ray.train.hopeless import hopeless
 from distill_ray.train.job import Job, make_plan
 from distill_ray.train.keeping import Keeper
 from distill_ray.train.meeting import patiently
@@ -52,11 +53,19 @@ def work(config: dict[str, Job]) -> str | None:
         return None
     watch = Stopwatch(node_type=node_type())
     beat = Beat(watch, job.meter)
+    run = None
     try:
-        return _Run(job, watch).run()
+        run = _Run(job, watch)
+        return run.run()
     except DistillError as error:
         # A store that does not answer may answer the restarted group; a wrong recipe or a lost lease stays so.
         ray.get(job.board.fail.remote(error, not isinstance(error, StorageError)))
+        raise
+    except Exception as error:
+        at = None if run is None else run.at
+        end = hopeless(error, job.recipe.train, at, lambda step: ray.get(job.board.out_of_memory.remote(step)))
+        if end is not None:
+            ray.get(job.board.fail.remote(end, True))
         raise
     finally:
         beat.close()
@@ -101,6 +110,8 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.student_ids: int | None = None
         self.told = GO
+        self.at: int | None = None
+        """The step that it is in."""
         self._events = EventFile()
         self._upload = HistoryUpload(partial(store_history, self.storage, self.token), self._say)
         self._watch = watch
@@ -153,7 +164,7 @@ class _Run:
 
     def _step(self, engine: StudentEngine, saver: Saver, batches: _Waited, step: int) -> StepResult:
         """One step and its line; on rank 0 also what is to be done after it."""
-        train = self.recipe.train
+        self.at, train = step, self.recipe.train
         begun, batches.seconds = time.perf_counter(), 0.0
         bound = spike_bound(train, self.history)
         self._watch.enter("busy")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from distill_ray import train
 from distill_ray.config import Recipe
 from distill_ray.config.student import StudentSection
-from distill_ray.errors import StoppedError, UserError
+from distill_ray.errors import DistillError, StoppedError, UserError
 from distill_ray.ingest import batch_id
 from distill_ray.ingest.loader import PackLoader
 from distill_ray.lease import Lease, read_published
@@ -120,6 +121,25 @@ class KillAfter5(Board):
         return super().post(line)
 
 
+class FailAt3(Board):
+    """Raises in the worker that has done step 3, every time."""
+
+    error: Exception = ValueError("no such head")
+
+    def start(self, step: int) -> None:
+        super().start(step)
+        self.note(f"group {step}")
+
+    def post(self, line: dict[str, float]) -> int:
+        if line["step"] == 3:
+            raise self.error
+        return super().post(line)
+
+
+class OutOfMemoryAt3(FailAt3):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
 def listener(stop: threading.Event | None = None) -> Any:
     """A progress display class that keeps its notes and sets `stop` once five steps are shown."""
 
@@ -210,6 +230,26 @@ def test_killed_worker_restarts_from_the_checkpoint_and_ends_at_the_same_loss(
     entry = run.train(board=KillAfter5)
     assert run.losses() == pytest.approx(reference, rel=1e-5)
     _a_group_started_after_publication_leaves_everything_as_it_is(run, entry)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("board", "groups", "says"),
+    [
+        (FailAt3, 1, "training met .*ValueError.* at step 3, which another try would meet again"),
+        (OutOfMemoryAt3, 2, r"out of memory at step 3 a second time: .*Lower train.micro_batch_packs=1"),
+    ],
+)
+def test_what_a_retry_cannot_mend_ends_the_run_at_once(
+    root: Path, reference: list[float], board: type[Board], groups: int, says: str
+) -> None:
+    run, seen = new_run(root, board.__name__, train={"max_failures": 5}), listener()
+    with pytest.raises(DistillError, match=says):
+        run.train(progress=seen, board=board)
+    assert len([note for note in seen.notes if note.startswith("group ")]) == groups
+    seen = listener()
+    run.train(progress=seen)
+    assert run.losses() == pytest.approx(reference, rel=1e-5)
 
 
 def _a_group_started_after_publication_leaves_everything_as_it_is(run: Run, entry: dict[str, Any]) -> None:
