@@ -124,7 +124,7 @@ class KillAfter5(Board):
 class FailAt3(Board):
     """Raises in the worker that has done step 3, every time."""
 
-    error: Exception = ValueError("no such head")
+    met: Exception = ValueError("no such head")
 
     def start(self, step: int) -> None:
         super().start(step)
@@ -132,12 +132,12 @@ class FailAt3(Board):
 
     def post(self, line: dict[str, float]) -> int:
         if line["step"] == 3:
-            raise self.error
+            raise self.met
         return super().post(line)
 
 
 class OutOfMemoryAt3(FailAt3):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    met = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
 def listener(stop: threading.Event | None = None) -> Any:
