@@ -145,9 +145,9 @@ def test_bounds_and_licence_changed_afterwards_are_judged_anew_and_nothing_is_co
 def test_checkpoints_of_an_exported_run_go_with_gc_and_nothing_is_computed_again(done: Job):
     checkpoints, student = Path(done.root, "runs/tiny/v1/checkpoints"), done.published()["student"]
     assert any(checkpoints.rglob("*.pt"))
-    done.call("--days", "0", "--delete", command="gc")
+    done.run("--days", "0", "--delete", command="gc")
     assert not [path for path in checkpoints.rglob("*") if path.is_file()]
-    assert "all stands" in done.call(command="status").stdout
+    assert "all stands" in done.run(command="status").stdout
     done.call()
     assert done.published()["student"] == student
 
